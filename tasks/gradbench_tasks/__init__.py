@@ -1,0 +1,1 @@
+"""First-party task pairs, one a module."""
