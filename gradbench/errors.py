@@ -86,6 +86,10 @@ class RecordError(GradBenchError, ValueError):
     """A stored record does not fit the schema or the run that it is found under."""
 
 
+class OutOfMemoryError(GradBenchError, MemoryError):
+    """A run does not fit into the memory of its device."""
+
+
 class NonFiniteLossError(GradBenchError, ArithmeticError):
     """A loss became NaN or infinite; holds where."""
 

@@ -227,6 +227,17 @@ def twice_differentiable() -> Iterator[None]:
         yield
 
 
+def seed_generators(seed: int, device: torch.device) -> None:
+    """Seed the global generators that a forward on ``device`` may draw from.
+
+    ``torch.manual_seed`` would seed every device, and record a stack trace for each call where
+    CUDA has not been used.
+    """
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.default_generators[device.index or 0].manual_seed(seed)
+
+
 GeneratorState = tuple[Tensor, Tensor | None]
 
 

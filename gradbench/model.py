@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +13,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from gradbench import seeding
 from gradbench.gradients import unmoved_statistics
+from gradbench.settings import BatchNormPolicy
 
 if TYPE_CHECKING:
     from gradbench.task import Objective
-
-BatchNormPolicy = Literal["primary", "shared", "frozen"]
 
 
 class Features(NamedTuple):
@@ -52,6 +51,7 @@ class Model(nn.Module):
         self, backbone: nn.Module, objectives: Sequence[Objective], width: int, dropout: float
     ) -> None:
         super().__init__()
+        self._new_primary_head = lambda: objectives[0].head(width, dropout)
         names = [objective.head_name or f"own {k}" for k, objective in enumerate(objectives)]
         keys = {name: f"head{position}" for position, name in enumerate(dict.fromkeys(names))}
         self._head_of = [keys[name] for name in names]
@@ -78,6 +78,10 @@ class Model(nn.Module):
         """Return the head of objective ``k`` if it is its own, else a module of nothing."""
         key = self._head_of[k]
         return self.own[key] if key in self.own else nn.Identity()
+
+    def new_primary_head(self) -> nn.Module:
+        """Return a freshly initialised head of the primary objective, not part of the model."""
+        return self._new_primary_head()
 
     def forward(self, inputs: object, k: int = 0) -> object:
         """Return the output of objective ``k``, by default the primary."""

@@ -12,7 +12,7 @@ from importlib.metadata import Distribution, EntryPoint, PackageNotFoundError
 from typing import Any, Literal, Protocol
 
 from gradbench.errors import PluginConflictError, PluginError, PluginNotFoundError
-from gradbench.fields import check_definition
+from gradbench.fields import Checked, check_definition
 from gradbench.sources import SourceReader
 
 METHODS = "gradbench.methods"
@@ -73,16 +73,14 @@ class _Entry:
 
     def serves(self, name: str) -> bool:
         """Tell whether this entry point answers for ``name``."""
-        prefix = self.point.name
-        if self.is_provider:
-            return name.startswith(prefix) and name != prefix
-        return name == prefix
+        registered = self.point.name
+        return name == registered or (self.is_provider and name.startswith(registered))
 
     def target(self) -> tuple[str, str]:
         """Return the module that the entry point names, and the object in it, if any."""
         try:
             return self.point.module, self.point.attr or ""
-        except (AttributeError, ValueError):
+        except Exception:  # which one depends on the version of Python
             raise PluginError(f"no import path: {self.point.value}") from None
 
     def load(self) -> Any:
@@ -130,7 +128,7 @@ def load(group: str, name: str) -> Plugin:
 
 
 def load_class(group: str, name: str, base: type) -> Plugin:
-    """Import the plug-in ``name``, a subclass of ``base`` whose fields are defined well.
+    """Import the plug-in ``name``, a subclass of ``base``; its fields, if any, defined well.
 
     Raises:
         PluginNotFoundError: if nothing is registered under the name.
@@ -144,8 +142,9 @@ def load_class(group: str, name: str, base: type) -> Plugin:
             f"of {base.__module__}.{base.__qualname__}, found {plugin.obj!r}. Correct the entry "
             f"point in the pyproject.toml of {plugin.distribution}, or report it to its authors."
         )
-    with _blaming(plugin, name):
-        check_definition(plugin.obj)
+    if issubclass(base, Checked):
+        with _blaming(plugin, name):
+            check_definition(plugin.obj)
     return plugin
 
 

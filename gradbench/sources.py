@@ -124,10 +124,10 @@ def _read(module: str) -> _Table | None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a plug-in's invalid escapes concern its author
             tree = None if source is None else ast.parse(source)
-    except SyntaxError as error:
-        raise PluginError(f"syntax error in {module}, line {error.lineno}") from error
-    except ValueError as error:
-        raise PluginError(f"undecodable source of {module}") from error
+    except (SyntaxError, ValueError) as error:
+        line = getattr(error, "lineno", None)
+        fault = f"syntax error in {module}, line {line}" if line else f"undecodable {module}"
+        raise PluginError(fault) from error
     if tree is None:
         return None
     is_package = spec.submodule_search_locations is not None

@@ -56,7 +56,8 @@ class Surgery:
 
     ``trunk`` is the shared module; ``heads`` are one module an objective, needed by methods that
     weigh the heads' gradients. ``steps_per_epoch`` is needed by methods that read ``step.epoch``.
-    ``scale="sum"`` gives a mean or unit direction the length of a sum. ``fields`` are the
+    ``scale="sum"`` gives a mean or unit direction the length of a sum. ``name`` is what the
+    method's random numbers are drawn for, where it is not a name already. ``fields`` are the
     method's hyper-parameters.
 
     Raises:
@@ -75,10 +76,12 @@ class Surgery:
         steps_per_epoch: int | None = None,
         seed: int = 0,
         scale: Scale = "paper",
+        name: str | None = None,
         **fields: Any,
     ) -> None:
         self.method = _make(method, fields)
-        self.name = method if isinstance(method, str) else type(method).__name__
+        self.name = name or (method if isinstance(method, str) else type(method).__name__)
+        self.backward_passes = 0  # of one objective's batch, or of one row of a sketch
         _check(self.method, self.name, heads, scale)
         self.trunk, self.heads = trunk, tuple(heads)
         self.index = 0
@@ -178,6 +181,7 @@ class Surgery:
         self._bind_row(batch, k)
         if mean.requires_grad:
             mean.backward(retain_graph=retain_graph)
+            self.backward_passes += 1
 
     def apply(
         self,
@@ -249,6 +253,7 @@ class Surgery:
         if live:
             roots, cotangents = zip(*live, strict=True)
             torch.autograd.backward(roots, cotangents)
+            self.backward_passes += len(roots)
 
     def _combine(self, step: Step) -> None:
         method, jacobian = self.method, step.jacobian
@@ -358,6 +363,7 @@ class _Sources:
         with self._as_in_the_loop(), evaluation_mode(*modules, batch_statistics=by_batch):
             losses = per_example(_call_with_count(self._sketch, samples))
             combinations = draw(losses.shape[0])
+            self._surgery.backward_passes += len(combinations)
             return sketch(self._flat, losses, combinations)
 
     def reevaluate(self) -> Tensor:

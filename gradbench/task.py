@@ -19,6 +19,7 @@ from gradbench.errors import DataError
 from gradbench.fields import Checked, LogUniform, Valid
 from gradbench.losses import ExampleLosses
 from gradbench.seeding import ExampleRandom
+from gradbench.settings import Budget, Optimizer
 
 if TYPE_CHECKING:
     from torchmetrics import Metric
@@ -106,6 +107,10 @@ class Splits:
             "meta": 0 if self.meta is None else len(self.meta),
         }
 
+    def for_training(self) -> TrainingSplits:
+        """Return all but the test."""
+        return TrainingSplits(self.train, self.validation, self.auxiliaries, self.meta)
+
     def digest(self) -> str:
         """Return a SHA-256 of which example is in which split."""
         found = hashlib.sha256()
@@ -160,6 +165,16 @@ class Splits:
         meta = np.sort(np.concatenate(chosen))
         rest = np.setdiff1d(np.arange(len(self.train)), meta)
         return replace(self, train=self.train.subset(rest), meta=self.train.subset(meta))
+
+
+@dataclass(frozen=True)
+class TrainingSplits:
+    """What the training loop may see: the splits without the test."""
+
+    train: ExampleSet
+    validation: ExampleSet
+    auxiliaries: tuple[ExampleSet, ...]
+    meta: ExampleSet | None
 
 
 class Objective(ABC):
@@ -218,11 +233,8 @@ class Preset:
 
     backbone: str
     sizes: Mapping[str, int]  # of the drawn splits, in units that the task names
-    epochs: int
-    fine_tune_epochs: int
-    steps_per_epoch: int
-    batch_size: int  # examples a step of every objective
-    patience: int  # epochs without a better validation metric before a phase ends
+    budget: Budget = Budget()
+    optimizer: Optimizer = Optimizer()
 
 
 @dataclass(frozen=True)

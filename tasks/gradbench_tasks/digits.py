@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from gradbench.objectives import Classification, shift
 from gradbench.seeding import ExampleRandom
+from gradbench.settings import Budget
 from gradbench.task import (
     Examples,
     Input,
@@ -66,11 +67,7 @@ class Digits(TaskPair):
         "default": Preset(
             backbone="timm:test_vit",
             sizes={"train": 20, "validation": 10},  # examples a class
-            epochs=20,
-            fine_tune_epochs=10,
-            steps_per_epoch=20,
-            batch_size=64,
-            patience=10,
+            budget=Budget(epochs=20, fine_tune_epochs=10, steps_per_epoch=20, batch_size=64),
         )
     }
 

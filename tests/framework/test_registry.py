@@ -137,9 +137,11 @@ class TestLoad:
         with pytest.raises((KeyboardInterrupt, SystemExit)):
             registry.load(GROUP, "x")
 
-    def test_missing_metadata_gives_unknown(self, site: Site) -> None:
+    @pytest.mark.parametrize("content", [None, b"", b"Name: acm\xe9\n"])
+    def test_bad_metadata_gives_unknown(self, site: Site, content: bytes | None) -> None:
         site.install("acme", {"x": "acme_x:X"}, acme_x="X = 7")
-        (site.path / "acme-1.0.dist-info" / "METADATA").unlink()
+        metadata = site.path / "acme-1.0.dist-info" / "METADATA"
+        metadata.unlink() if content is None else metadata.write_bytes(content)
         assert registry.load(GROUP, "x") == Plugin(7, "x", "unknown", "unknown")
 
 

@@ -6,6 +6,7 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from textwrap import dedent
+from types import ModuleType
 
 import pytest
 
@@ -97,13 +98,23 @@ def test_kind_through_files_a_reexport_and_an_alias(write: Write) -> None:
     assert describe("acme.deep.method:X") == Description("aggregation", "Gate all blocks.")
 
 
+def test_the_first_base_with_a_kind_decides(write: Write) -> None:
+    write({"acme.py": BASES + "class A(Branching): ...\nclass X(object, A, Weighting): ..."})
+    assert kind("acme:X") == "branching"
+
+
+def test_the_latest_definition_counts(write: Write) -> None:
+    write({"acme.py": "class X:\n    'Old.'\nclass X:\n    'New.'"})
+    assert describe("acme:X").summary == "New."
+
+
 def test_two_bases_under_one_imported_package_are_both_followed(write: Write) -> None:
     write(
         {
             "acme/__init__.py": "",
             "acme/a.py": "class Mixin: ...",
             "acme/b.py": BASES + "class Base(Branching): ...",
-            "acme/x.py": "import acme\nclass X(acme.a.Mixin, acme.b.Base): ...",
+            "acme/x.py": "import acme.a, acme.b\nclass X(acme.a.Mixin, acme.b.Base): ...",
         }
     )
     assert kind("acme.x:X") == "branching"
@@ -151,6 +162,7 @@ def test_zipped_sources_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         "from acme_other import Weighting\nclass X(Weighting): ...",
         "from .gradbench import Weighting\nclass X(Weighting): ...",
         "class X: ...",
+        BASES + "class Outer(Weighting):\n    class Inner: ...\nclass X(Outer.Inner): ...",
         "def base(): ...\nclass X(base()): ...",
         "class X(Nowhere): ...",
     ],
@@ -244,9 +256,23 @@ def test_unreadable_sources_say_why(write: Write, path: str, reason: str) -> Non
         describe(path)
 
 
-@pytest.mark.parametrize("content", [b"# \xff\nclass X: ...", b"class X: ...\0"])
+@pytest.mark.parametrize(
+    "content", [b"# \xff\n", b"\n\n\n# \xff\n", b"# coding: unheard-of\n", b"X = 1\0"]
+)
 def test_undecodable_source_says_so(write: Write, tmp_path: Path, content: bytes) -> None:
     (tmp_path / "acme.py").write_bytes(content)
     importlib.invalidate_caches()
-    with pytest.raises(PluginError, match=r"(undecodable source of|syntax error in) acme"):
+    with pytest.raises(PluginError, match=r"^(undecodable acme|syntax error in acme, line \d)$"):
         describe("acme:X")
+
+
+def test_a_declared_encoding_is_obeyed(write: Write, tmp_path: Path) -> None:
+    (tmp_path / "acme.py").write_bytes(b"# coding: latin-1\nclass X:\n    'Caf\xe9.'")
+    importlib.invalidate_caches()
+    assert describe("acme:X").summary == "Café."
+
+
+def test_a_module_made_by_hand_has_no_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "acme_bare", ModuleType("acme_bare"))
+    with pytest.raises(PluginError, match="no source of acme_bare"):
+        describe("acme_bare:X")

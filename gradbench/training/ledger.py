@@ -1,0 +1,122 @@
+"""What is measured while training, kept on the device until an epoch ends."""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import sys
+import time
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from gradbench.method import TINY
+from gradbench.step import Step
+
+NEVER = 2**62  # larger than any step
+WARM_UP_STEPS = 5  # left out of step times: the first steps allocate and compile
+
+
+class Ledger:
+    """Sums losses and diagnostics of an epoch, and finds the first loss that is not finite."""
+
+    def __init__(self, objectives: int, device: torch.device) -> None:
+        self._columns = torch.arange(objectives, device=device)
+        self._first_bad = torch.full((), NEVER, dtype=torch.int64, device=device)
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+
+    def note(self, step: Step, has_gradients: bool) -> None:
+        """Take in one step, without waiting for the device."""
+        objectives = len(self._columns)
+        bad = ~torch.isfinite(step.losses)
+        places = torch.where(bad, self._columns + step.index * objectives, NEVER)
+        torch.minimum(self._first_bad, places.min(), out=self._first_bad)
+        for k, loss in enumerate(step.losses.unbind()):
+            self._add(f"loss {k}", loss)
+        if has_gradients and objectives > 1:
+            gramian = step.gramian
+            squares = gramian.diagonal()
+            lengths = (squares[0] * squares[1:]).sqrt().clamp_min(TINY)
+            self._add("cosine", (gramian[0, 1:] / lengths).mean())
+            self._add("conflict_rate", (gramian[0, 1:] < 0).to(gramian.dtype).mean())
+        for name, value in step.diagnostics().items():
+            self._add(name, value)
+
+    def _add(self, name: str, value: Tensor) -> None:
+        self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()
+        self._counts[name] = self._counts.get(name, 0) + 1
+
+    def close_epoch(self) -> tuple[dict[str, float], tuple[int, int] | None]:
+        """Return the epoch's means by name, and (step, objective) of the first bad loss."""
+        names = list(self._sums)
+        values = torch.stack([self._sums[name].double() for name in names]).tolist()
+        means = {name: v / self._counts[name] for name, v in zip(names, values, strict=True)}
+        first = int(self._first_bad)
+        self._sums, self._counts = {}, {}
+        objectives = len(self._columns)
+        return means, None if first == NEVER else divmod(first, objectives)
+
+
+@dataclass
+class Costs:
+    """Time, memory and passes of a run."""
+
+    forward_passes: int = 0
+    backward_passes: int = 0
+    examples: int = 0
+    steps: list[float] = field(default_factory=list)  # seconds
+    started: float = field(default_factory=time.perf_counter)
+
+    def summary(self, device: torch.device) -> dict[str, float | int | None]:
+        """Return the record's ``cost``: seconds, milliseconds, MiB and counts."""
+        timed = self.steps[WARM_UP_STEPS:] or self.steps
+        return {
+            "wall_seconds": time.perf_counter() - self.started,
+            "step_milliseconds_p50": statistics.median(timed) * 1e3 if timed else None,
+            "peak_memory_mb": peak_memory(device),
+            "forward_passes": self.forward_passes,
+            "backward_passes": self.backward_passes,
+            "examples": self.examples,
+        }
+
+
+class StepClock:
+    """Times steps; on a GPU by events that are read when an epoch ends."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._marks: list[float | torch.cuda.Event] = []
+
+    def mark(self) -> None:
+        """Mark the end of one step and the start of the next."""
+        if self._cuda:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._marks.append(event)
+        else:
+            self._marks.append(time.perf_counter())
+
+    def close_epoch(self) -> list[float]:
+        """Return the seconds between the marks, and start anew."""
+        pairs = list(zip(self._marks, self._marks[1:], strict=False))
+        self._marks = []
+        if self._cuda:
+            torch.cuda.synchronize()
+        return [_seconds(before, after) for before, after in pairs]
+
+
+def _seconds(before: float | torch.cuda.Event, after: float | torch.cuda.Event) -> float:
+    if isinstance(before, float) and isinstance(after, float):
+        return after - before
+    assert isinstance(before, torch.cuda.Event)
+    return float(before.elapsed_time(after)) / 1e3
+
+
+def peak_memory(device: torch.device) -> float:
+    """Return MiB: the most that CUDA allocated, on a CPU the largest resident set so far."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # ru_maxrss is in bytes there
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
