@@ -72,7 +72,7 @@ class Timm(BackboneProvider):
             model = timm.create_model(name, **options)
         except Exception as error:  # timm, its hub client and torch raise many types here
             raise BackboneError(_why_not(name, spec, weights, error)) from error
-        width = getattr(model, "head_hidden_size", None) or model.num_features
+        width: Any = getattr(model, "head_hidden_size", None) or model.num_features
         return Backbone(TimmTrunk(model), int(width))
 
 

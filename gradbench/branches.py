@@ -24,7 +24,7 @@ class Branch:
 
     parameters: Tensors
     buffers: Tensors
-    optimizer: Mapping[str, Any] | None = None  # what goes on under the name given to ``train``
+    optimizer: dict[str, Any] | None = None  # what goes on under the name given to ``train``
 
 
 class Branches(ABC):
@@ -123,7 +123,7 @@ class Branches(ABC):
         """Keep scalars for the run's record."""
         self.recorded.update(diagnostics)
 
-    def snapshot(self, optimizer: Mapping[str, Any] | None = None) -> Branch:
+    def snapshot(self, optimizer: dict[str, Any] | None = None) -> Branch:
         """Return a copy of the model as it is."""
         return Branch(
             {key: value.detach().clone() for key, value in self.model.named_parameters()},
@@ -162,7 +162,7 @@ class MemoryBranches(Branches):
         super().__init__(model, shared, heads, **options)
         self._losses, self._meta_loss, self._metric = losses, meta_loss, metric
         self._new_optimizer = optimizer
-        self._optimizers: dict[str, Mapping[str, Any]] = {}
+        self._optimizers: dict[str, dict[str, Any]] = {}
 
     def train(self, weights: Tensor, steps: int, *, optimizer: str | None = None) -> Branch:
         """Train from ``start``; see :meth:`Branches.train`."""
@@ -177,7 +177,7 @@ class MemoryBranches(Branches):
             with torch.enable_grad():
                 for weight, losses in weighted:
                     if weight:
-                        (weight * mean_loss(losses(step))).backward()  # type: ignore[no-untyped-call]
+                        (weight * mean_loss(losses(step))).backward()
             made.step()
         if optimizer is not None:
             self._optimizers[optimizer] = made.state_dict()

@@ -136,6 +136,21 @@ def resolve(request: Request) -> RunConfig:
     )
 
 
+def with_shortcuts(
+    settings: Mapping[str, object], shortcuts: Mapping[str, object]
+) -> dict[str, object]:
+    """Return ``settings`` and those ``shortcuts`` that are not None.
+
+    Raises:
+        FieldError: if a key is given both ways.
+    """
+    given = {key: value for key, value in shortcuts.items() if value is not None}
+    for key in given:
+        if key in settings:
+            raise FieldError(f"Expected {key} once, found it as an option and in the settings.")
+    return {**settings, **given}
+
+
 def known_keys(method: type, task: type) -> list[str]:
     """Return every key that ``--set`` accepts for this method and task."""
     owners = (method, task, Optimizer, Budget, Architecture)

@@ -36,7 +36,9 @@ class Valid:
     def __str__(self) -> str:
         if math.isinf(self.high):
             return "any number" if math.isinf(self.low) else f"at least {self.low:g}"
-        return f"at most {self.high:g}" if math.isinf(self.low) else f"{self.low:g} to {self.high:g}"
+        return (
+            f"at most {self.high:g}" if math.isinf(self.low) else f"{self.low:g} to {self.high:g}"
+        )
 
 
 @dataclass(frozen=True)
@@ -50,10 +52,16 @@ class Uniform:
         """Return the ends of the range."""
         return (self.low, self.high)
 
+    def __str__(self) -> str:
+        return f"{self.low:g} to {self.high:g}"
+
 
 @dataclass(frozen=True)
 class LogUniform(Uniform):
     """Tuning draws the logarithm of a number uniformly from [log low, log high]."""
+
+    def __str__(self) -> str:
+        return f"{super().__str__()}, log-uniform"
 
 
 @dataclass(frozen=True)
@@ -76,6 +84,14 @@ class Choice:
     def options(self) -> tuple[object, ...]:
         """Return the listed values."""
         return self.values
+
+    def __str__(self) -> str:
+        return " | ".join(
+            ", ".join(f"{key} {part}" for key, part in value.items())
+            if isinstance(value, Mapping)
+            else str(value)
+            for value in self.values
+        )
 
 
 SearchRange = Uniform | Choice
@@ -231,7 +247,9 @@ def _convert(option: Any, value: object) -> Any:
     if option not in (int, float) or isinstance(value, bool):
         return _REFUSED
     try:
-        number = value if text is None else int(text) if text.lstrip("+-").isdigit() else float(text)
+        number = (
+            value if text is None else int(text) if text.lstrip("+-").isdigit() else float(text)
+        )
     except ValueError:
         return _REFUSED
     if not isinstance(number, (int, float)) or not math.isfinite(number):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -147,10 +148,10 @@ class BlockProbe:
                 "before the forward whose losses it gets."
             )
         modules = [*self._order, *(m for m in self._owners if m not in self._order)]
-        weighted = [i for i, module in enumerate(self._order) if _has_weight_matrix(module)]
+        weighted = [i for i, module in enumerate(self._order) if _trains_a_matrix(module)]
         return Blocks(
             slices=tuple(self._owners[module] for module in modules),
-            last_weight=weighted[-1] if weighted else len(modules) - 1,
+            last_weight=weighted[-1] if weighted else len(self._order) - 1,
         )
 
 
@@ -168,10 +169,9 @@ def _owners(trunk: nn.Module, flat: FlatGradients) -> dict[nn.Module, slice]:
     return owners
 
 
-def _has_weight_matrix(module: nn.Module) -> bool:
-    weight = getattr(module, "weight", None)
+def _trains_a_matrix(module: nn.Module) -> bool:
     kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    return isinstance(module, kinds) and isinstance(weight, Tensor) and weight.dim() >= 2
+    return isinstance(module, kinds) and module.weight.requires_grad
 
 
 @contextlib.contextmanager
@@ -205,19 +205,54 @@ def evaluation_mode(*modules: nn.Module, batch_statistics: bool = False) -> Iter
             part.training = mode
 
 
+class Arithmetic(NamedTuple):
+    """How a loop computes: under autocast or not, and how exact its matrix products are.
+
+    torch has an older and a newer switch for products, and raises in products where the two
+    disagree; ``newer`` says which of them is in use.
+    """
+
+    autocast: torch.dtype | None
+    newer: bool
+    products: str
+
+    @classmethod
+    def present(cls, device: torch.device) -> Arithmetic:
+        """Return what is in force now."""
+        enabled = torch.is_autocast_enabled(device.type)
+        autocast = torch.get_autocast_dtype(device.type) if enabled else None
+        try:
+            return cls(autocast, False, torch.get_float32_matmul_precision())
+        except RuntimeError:  # the answer of the older switch where the newer one is in use
+            return cls(autocast, True, torch.backends.cuda.matmul.fp32_precision)
+
+    @contextlib.contextmanager
+    def on(self, device: torch.device) -> Iterator[None]:
+        """Compute like this; weights are cast afresh, for they may have moved or lack a graph."""
+        before = Arithmetic.present(device)
+        enabled = self.autocast is not None
+        with torch.autocast(device.type, self.autocast, enabled, cache_enabled=False):
+            self._set_products(before.products)
+            try:
+                yield
+            finally:
+                before._set_products(self.products)
+
+    def _set_products(self, before: str) -> None:
+        if self.products == before:
+            return
+        if self.newer:
+            torch.backends.cuda.matmul.fp32_precision = self.products
+        else:
+            torch.set_float32_matmul_precision(self.products)
+
+
 @contextlib.contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
     """Compute in the tensors' own precision: no autocast, no TensorFloat-32."""
-    matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
-    with torch.autocast(device.type, enabled=False):
-        if device.type == "cuda":
-            matmul.fp32_precision = "ieee"
-        try:
-            yield
-        finally:
-            if device.type == "cuda":
-                matmul.fp32_precision = before
+    newer = Arithmetic.present(device).newer
+    with Arithmetic(None, newer, "ieee" if newer else "highest").on(device):
+        yield
 
 
 @contextlib.contextmanager
@@ -262,4 +297,3 @@ def _set_generator_state(state: GeneratorState, device: torch.device) -> None:
     torch.set_rng_state(state[0])
     if state[1] is not None:
         torch.cuda.set_rng_state(state[1], device)
-

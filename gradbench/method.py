@@ -7,7 +7,9 @@ its memory is the dict that :meth:`Method.initial_state` makes; all it may see o
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
@@ -67,6 +69,7 @@ class Weights(NamedTuple):
     heads: Tensor  # (K,)
 
 
+@dataclass(frozen=True)
 class Method(Checked, ABC):
     """The root of the four kinds; subclass one of those.
 
@@ -108,6 +111,33 @@ class Method(Checked, ABC):
             Phase("joint", everything, plan.epochs),
             Phase("fine-tune", (0,), plan.fine_tune_epochs),
         )
+
+
+def saved_state(method: Method, state: State) -> dict[str, Any]:
+    """Return copies of what a checkpoint holds of a method's memory: not what it can rebuild."""
+    kept = {key: value for key, value in state.items() if key not in method.rebuildable}
+    return {
+        key: copy.deepcopy(value.state_dict() if hasattr(value, "state_dict") else value)
+        for key, value in kept.items()
+    }
+
+
+def load_state(state: State, saved: Mapping[str, Any]) -> None:
+    """Put a checkpoint into the memory that ``initial_state`` made.
+
+    Tensors are overwritten in place, so that an optimizer in the memory goes on with its own.
+    """
+    import torch
+
+    for key, value in saved.items():
+        held: Any = state.get(key)
+        if hasattr(held, "load_state_dict"):
+            held.load_state_dict(copy.deepcopy(value))
+        elif isinstance(held, torch.Tensor) and held.shape == value.shape:
+            with torch.no_grad():
+                held.copy_(value)
+        else:
+            state[key] = copy.deepcopy(value)
 
 
 class Scalarization(Method):

@@ -57,5 +57,3 @@ def shift(images: Tensor, random: ExampleRandom, pixels: int) -> Tensor:
     batch = torch.arange(len(images))[:, None, None]
     moved = images.movedim(1, -1)[batch, rows[:, :, None], columns[:, None, :]]  # (B, H, W, C)
     return moved.movedim(-1, 1).contiguous()
-
-

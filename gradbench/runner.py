@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 
 from gradbench import registry
 from gradbench.backbones import BackboneProvider, split_name
-from gradbench.config import DATA, Request, RunConfig, resolve, run_id
+from gradbench.config import DATA, Request, RunConfig, resolve, run_id, with_shortcuts
 from gradbench.environment import fingerprint, resolve_device
 from gradbench.errors import (
     ContractError,
@@ -90,10 +90,7 @@ def run(
     Raises:
         GradBenchError: one subclass a cause; its message says what to do.
     """
-    given = dict(settings or {})
-    for key, value in (("model.backbone", backbone), ("budget.epochs", epochs)):
-        if value is not None:
-            given[key] = value
+    shortcuts = {"model.backbone": backbone, "budget.epochs": epochs}
     outcome = execute(
         Request(
             method=method,
@@ -103,7 +100,7 @@ def run(
             preset=preset,
             device=device,
             precision=precision,
-            settings=given,
+            settings=with_shortcuts(settings or {}, shortcuts),
         ),
         say or (lambda line: None),
     )
@@ -219,7 +216,7 @@ class _Execution:
             status, error = "failed", _as_ours(caught, self.config)
         update["status"] = status
         update["ended"] = _now()
-        update["cost"] = Cost(**self.training.costs.summary(self.device))
+        update["cost"] = self.training.costs.summary(self.device)
         if error is not None:
             update["error"] = _failure(error, self.training.place)
         result = self.draft.model_copy(update=update)
@@ -320,8 +317,7 @@ def _build(
     """Return the model, the digest of loaded weights, and whether it is channels-last."""
     if memory_format not in ("auto", "contiguous", "channels-last"):
         raise FieldError(
-            "Expected memory format auto, contiguous or channels-last, "
-            f"found {memory_format!r}."
+            f"Expected memory format auto, contiguous or channels-last, found {memory_format!r}."
         )
     architecture = config.architecture
     provider_name, name = split_name(architecture.backbone)
@@ -337,7 +333,7 @@ def _build(
         memory_format == "auto" and device.type == "cuda"
     )
     if channels_last:
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model.to(memory_format=torch.channels_last)
     return model, digest, channels_last
 
 

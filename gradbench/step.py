@@ -19,11 +19,15 @@ Draw = Callable[[int], "Tensor"]  # m -> (R, m)
 
 
 class HeldOut(Protocol):
-    """A batch of primary examples that no gradient of the step has seen."""
+    """A batch of primary examples that no gradient of the step has seen; dropout is off."""
 
     @property
     def features(self) -> Any:
         """What the trunk makes of the batch, without a graph."""
+
+    @property
+    def head(self) -> nn.Module:
+        """The primary head as it is; a method leaves it so."""
 
     def loss(self, features: Any, head: nn.Module) -> Tensor:
         """Return the mean loss of ``head`` on ``features``, a scalar with a graph."""
@@ -164,7 +168,11 @@ class Step:
         return self._source.heldout()
 
     def hvp(self, vector: Tensor, weights: Tensor) -> Tensor:
-        """Return (P,): the Hessian of the weighted sum of losses times ``vector`` (P,)."""
+        """Return (P,): the Hessian of the weighted sum of losses times ``vector`` (P,).
+
+        It is the Hessian in the shared parameters, on the batches and under the dropout of the
+        step; the heads stand still.
+        """
         return self._source.hvp(vector, weights)
 
     @cached_property

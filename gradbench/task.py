@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -233,8 +233,8 @@ class Preset:
 
     backbone: str
     sizes: Mapping[str, int]  # of the drawn splits, in units that the task names
-    budget: Budget = Budget()
-    optimizer: Optimizer = Optimizer()
+    budget: Budget = field(default_factory=Budget)
+    optimizer: Optimizer = field(default_factory=Optimizer)
 
 
 @dataclass(frozen=True)

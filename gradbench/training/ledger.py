@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import resource
 import statistics
 import sys
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gradbench.method import TINY
+from gradbench.result import Cost
 from gradbench.step import Step
 
 NEVER = 2**62  # larger than any step
@@ -69,17 +71,17 @@ class Costs:
     steps: list[float] = field(default_factory=list)  # seconds
     started: float = field(default_factory=time.perf_counter)
 
-    def summary(self, device: torch.device) -> dict[str, float | int | None]:
-        """Return the record's ``cost``: seconds, milliseconds, MiB and counts."""
+    def summary(self, device: torch.device) -> Cost:
+        """Return the record's ``cost`` up to now."""
         timed = self.steps[WARM_UP_STEPS:] or self.steps
-        return {
-            "wall_seconds": time.perf_counter() - self.started,
-            "step_milliseconds_p50": statistics.median(timed) * 1e3 if timed else None,
-            "peak_memory_mb": peak_memory(device),
-            "forward_passes": self.forward_passes,
-            "backward_passes": self.backward_passes,
-            "examples": self.examples,
-        }
+        return Cost(
+            wall_seconds=time.perf_counter() - self.started,
+            step_milliseconds_p50=statistics.median(timed) * 1e3 if timed else None,
+            peak_memory_mb=peak_memory(device),
+            forward_passes=self.forward_passes,
+            backward_passes=self.backward_passes,
+            examples=self.examples,
+        )
 
 
 class StepClock:
@@ -87,31 +89,27 @@ class StepClock:
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
-        self._marks: list[float | torch.cuda.Event] = []
+        self._events: list[torch.cuda.Event] = []
+        self._seconds: list[float] = []
 
     def mark(self) -> None:
         """Mark the end of one step and the start of the next."""
         if self._cuda:
-            event = torch.cuda.Event(enable_timing=True)
+            event: torch.cuda.Event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
             event.record()
-            self._marks.append(event)
+            self._events.append(event)
         else:
-            self._marks.append(time.perf_counter())
+            self._seconds.append(time.perf_counter())
 
     def close_epoch(self) -> list[float]:
         """Return the seconds between the marks, and start anew."""
-        pairs = list(zip(self._marks, self._marks[1:], strict=False))
-        self._marks = []
         if self._cuda:
             torch.cuda.synchronize()
-        return [_seconds(before, after) for before, after in pairs]
-
-
-def _seconds(before: float | torch.cuda.Event, after: float | torch.cuda.Event) -> float:
-    if isinstance(before, float) and isinstance(after, float):
-        return after - before
-    assert isinstance(before, torch.cuda.Event)
-    return float(before.elapsed_time(after)) / 1e3
+            first = self._events[0]
+            self._seconds = [first.elapsed_time(event) / 1e3 for event in self._events]
+        between = [b - a for a, b in itertools.pairwise(self._seconds)]
+        self._events, self._seconds = [], []
+        return between
 
 
 def peak_memory(device: torch.device) -> float:

@@ -351,4 +351,3 @@ def _times(losses: ExampleLosses, weight: float) -> ExampleLosses:
     if isinstance(losses, Scored):
         return Scored(losses.losses * weight, losses.weight)
     return losses * weight
-

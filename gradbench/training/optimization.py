@@ -13,7 +13,9 @@ from gradbench.settings import Budget, Optimizer
 CLIP_FLOOR = 1e-6  # as in torch.nn.utils.clip_grad_norm_: keeps a zero gradient at zero
 
 
-def make_optimizer(settings: Optimizer, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+def make_optimizer(
+    settings: Optimizer, parameters: Iterable[nn.Parameter]
+) -> torch.optim.Optimizer:
     """Return the optimizer; weights decay, norms and biases (one dimension or none) do not."""
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     groups = [

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ class ATTITTUD(Aggregation):
     The default weights 1, -1, 1 turn what hurts the primary around and keep the rest: the setting
     of the paper's best MultiCIFAR100 result, and of its public CheXpert command.
 
-    Source: Dery, Dauphin, Grangier 2021, arXiv:2108.11346, equations 1–3 and Algorithm 1.
+    Source: Dery, Dauphin, Grangier 2021, arXiv:2108.11346, Algorithm 1.
     Departs from it: several auxiliaries are decomposed one by one; ``svd`` takes the singular
     vectors of the sketch, for those of J itself would need R further passes; p comes from the
     batch of the step instead of from J; heads get their own objective's gradient. See the method
@@ -43,7 +44,7 @@ class ATTITTUD(Aggregation):
     """
 
     rebuildable = frozenset({"basis"})
-    joint_search = {
+    joint_search: ClassVar[Mapping[str, Choice]] = {
         "eta": Choice(
             {"eta_good": 1.0, "eta_bad": -1.0, "eta_neutral": 1.0},
             {"eta_good": 1.0, "eta_bad": 0.0, "eta_neutral": 1.0},
@@ -76,7 +77,7 @@ class ATTITTUD(Aggregation):
         good = torch.where(auxiliary * primary >= 0, auxiliary, 0.0)
         bad = auxiliary - good
         weights = torch.full_like(step.losses, self.eta_neutral)
-        weights[0] = self.eta_primary
+        weights[:1] = self.eta_primary  # weights[0] = … copies the number from the host, and waits
         turned = (self.eta_good - self.eta_neutral) * good + (self.eta_bad - self.eta_neutral) * bad
         torch.mv(jacobian.T, weights, out=out)
         out.addmv_(basis.T, turned.sum(0))
@@ -96,7 +97,8 @@ class ATTITTUD(Aggregation):
     def _current_basis(self, jacobian: Tensor, step: Step) -> Tensor:
         if self.basis == "primary":
             length = torch.linalg.vector_norm(jacobian[:1], dim=1, keepdim=True)
-            return jacobian[:1] / length.clamp_min(TINY)
+            unit: Tensor = jacobian[:1] / length.clamp_min(TINY)
+            return unit
         if "basis" not in step.state or step.index_in_epoch % self.refresh_every == 0:
             step.state["basis"] = self._new_basis(jacobian, step)
         basis: Tensor = step.state["basis"]

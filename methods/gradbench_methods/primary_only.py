@@ -28,7 +28,7 @@ class PrimaryOnly(Scalarization):
 
     def weights_from_losses(self, losses: Tensor, step: Step) -> Tensor:
         weights = torch.zeros_like(losses)
-        weights[0] = 1.0
+        weights[:1] = 1.0  # weights[0] = … copies the number from the host, and waits
         return weights
 
     def phases(self, plan: Plan) -> tuple[Phase, ...]:

@@ -13,12 +13,12 @@ from gradbench.step import Step
 
 @dataclass(frozen=True)
 class WeightedSum(Scalarization):
-    r"""Sum the losses; ``task.auxiliary_weight`` is the weight of the auxiliaries.
+    r"""Sum the losses, those of the auxiliaries times one weight.
 
     .. math:: d = g_0 + w \sum_{k > 0} g_k
 
-    The losses arrive multiplied by that weight, so the method has no field of its own. A head is
-    trained on its own loss times its weight.
+    The weight is ``task.auxiliary_weight``: losses arrive multiplied by it, so the method has no
+    field of its own. A head is trained on its own loss times its weight.
 
     Source: linear scalarization; as a tuned baseline, Kurin et al. 2022, arXiv:2201.04122.
     Departs from it: nothing.

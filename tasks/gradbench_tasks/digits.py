@@ -51,7 +51,7 @@ class Digits(TaskPair):
     """Digits 0–4 from 20 scans a class, beside all scans of 5–9.
 
     Real images that come with scikit-learn, so the pair needs neither network nor files: 1,797
-    scans of 8×8 pixels by 43 writers. The split follows the form of MultiCIFAR100 (Dery et al.
+    scans of 8×8 pixels. The split follows the form of MultiCIFAR100 (Dery et al.
     2021, arXiv:2108.11346): a five-way primary, the other classes as one auxiliary. Training and
     validation examples are drawn with the seed; all other scans of the five digits are the test.
     """
