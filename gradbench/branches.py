@@ -179,9 +179,10 @@ class MemoryBranches(Branches):
                     if weight:
                         (weight * mean_loss(losses(step))).backward()
             made.step()
-        if optimizer is not None:
-            self._optimizers[optimizer] = made.state_dict()
-        return self.snapshot(self._optimizers.get(optimizer) if optimizer else None)
+        if optimizer is None:
+            return self.snapshot()
+        self._optimizers[optimizer] = made.state_dict()
+        return self.snapshot(self._optimizers[optimizer])
 
     def evaluate(self, branch: Branch) -> float:
         """Return ``metric`` at the weights of ``branch``."""

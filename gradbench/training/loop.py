@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,7 +15,7 @@ from gradbench.gradients import seed_generators, unmoved_statistics
 from gradbench.heldout import HeldOutExamples
 from gradbench.losses import ExampleLosses, Scored
 from gradbench.method import Method, Phase, Plan, Scalarization, Scale
-from gradbench.model import Model, statistics_for, training_mode
+from gradbench.model import Model, has_batch_norm, statistics_for, training_mode
 from gradbench.settings import Architecture, Budget, Optimizer, Precision
 from gradbench.step import Step
 from gradbench.surgery import Closure, Surgery
@@ -114,6 +115,7 @@ class Training:
         self._epochs_of: dict[str, int] = {}
         self._dtype = torch.float64 if recipe.precision == "fp64" else torch.float32
         self._clock = StepClock(device)
+        self._normalises = has_batch_norm(model)
         budget, seed = recipe.budget, recipe.seed
         self._streams = [
             Batches(objective, examples, k, seed, budget.batch_size)
@@ -248,12 +250,17 @@ class Training:
                 self.costs.examples += stream.size
             dropout = seeding.derive(recipe.seed, "dropout", index, k, batch)
             seed_generators(dropout, self.device)
-            policy = recipe.architecture.batch_norm
-            with statistics_for(self.model, policy, k, 0 in phase.objectives):
+            with self._statistics(k, phase):
                 found = self._losses(k, made[0], self.model.head(k))
             return found if k == 0 else _times(found, recipe.auxiliary_weight)
 
         return losses
+
+    def _statistics(self, k: int, phase: Phase) -> AbstractContextManager[None]:
+        if not self._normalises:
+            return nullcontext()
+        policy = self.recipe.architecture.batch_norm
+        return statistics_for(self.model, policy, k, 0 in phase.objectives)
 
     def _losses(self, k: int, batch: tuple[Any, Any], head: nn.Module) -> ExampleLosses:
         self.costs.forward_passes += 1

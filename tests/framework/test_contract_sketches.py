@@ -9,6 +9,7 @@ import ast
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -416,20 +417,20 @@ class World:
         for head in self.heads:
             nn.init.ones_(head.weight)
 
-    def losses(self, k: int, row: Tensor | None = None) -> Tensor:
-        found: Tensor = self.heads[k](self.trunk(self.rows[k] if row is None else row)) + 1
+    def losses(self, k: int, step: int = 0) -> Tensor:
+        found: Tensor = self.heads[k](self.trunk(self.rows[k])) + 1
         return found
 
     def surgery(self, method: Method, **options: Any) -> Surgery:
         return Surgery(method, self.trunk, self.heads, objectives=len(self.rows), **options)
 
     def direction(self, surgery: Surgery, **options: Any) -> Tensor:
-        sources = [
-            [lambda k=k: self.losses(k)] * surgery.method.batches for k in range(len(self.rows))
-        ]
+        batches = surgery.method.batches
         for head in self.heads:
             head.zero_grad()
-        surgery.backward(*sources, **options)
+        surgery.backward(
+            *[[partial(self.losses, k)] * batches for k in range(len(self.rows))], **options
+        )
         return surgery.direction.clone()
 
     def head_gradients(self) -> Tensor:
@@ -451,7 +452,7 @@ class World:
             nn.ModuleList([self.trunk, *self.heads]),
             self.trunk,
             self.heads,
-            losses=[lambda step, k=k: self.losses(k) for k in range(len(self.rows))],
+            losses=[partial(self.losses, k) for k in range(len(self.rows))],
             meta_loss=lambda: 0.5 * (self.theta - wanted).square().sum()[None],
             metric=lambda: -(self.theta - wanted).norm().item(),
             optimizer=lambda parameters: torch.optim.SGD(parameters, lr=rate, momentum=momentum),
@@ -573,6 +574,16 @@ def test_gradnorm_goes_on_from_a_checkpoint() -> None:
     assert_close([world.direction(resumed) for _ in range(3)], expected, rtol=0, atol=0)
 
 
+@pytest.mark.xfail(reason="Surgery puts another tensor where the optimizer has the old one")
+def test_a_loop_goes_on_from_a_checkpoint_with_learned_weights() -> None:
+    world = World([1.0, 0.0], [0.0, 4.0])
+    surgery, resumed = world.surgery(GradNorm()), world.surgery(GradNorm())
+    world.direction(surgery)
+    resumed.load_state_dict(surgery.state_dict())
+    expected = [world.direction(surgery) for _ in range(3)]
+    assert_close([world.direction(resumed) for _ in range(3)], expected, rtol=0, atol=0)
+
+
 def test_imtl_projects_equally_on_both_gradients() -> None:
     world = World(*CANONICAL)
     direction = world.direction(world.surgery(IMTL()))
@@ -608,6 +619,13 @@ def test_sdmgrad_weighs_by_two_batches_what_it_takes_from_the_first() -> None:
     assert_close(surgery.direction, logits.softmax(0) @ first)
 
 
+@pytest.mark.xfail(reason="Surgery adds the gradients of all batches in a head")
+def test_a_head_is_trained_on_the_first_of_several_batches() -> None:
+    world = World(*CANONICAL, theta=[3.0, 2.0])
+    world.direction(world.surgery(SDMGrad()))
+    assert_close(world.head_gradients(), world.rows @ vector(3, 2))
+
+
 def test_meta_tartan_follows_the_cosine_with_the_second_held_out_batch() -> None:
     world = World([1.0, 0.0], [-0.5, 0.75**0.5], theta=[1.0, 2.0])
     batches = iter([vector(0, 1), vector(1, 0)])
@@ -623,6 +641,31 @@ def test_meta_tartan_follows_the_cosine_with_the_second_held_out_batch() -> None
     assert_close(direction, weights @ world.rows, rtol=0, atol=1e-5)
     expected = weights * (world.rows @ world.theta[0].detach())
     assert_close(world.head_gradients(), expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.xfail(reason="Surgery lets a held-out batch through the trunk as a training batch")
+def test_a_held_out_pass_has_no_dropout_and_moves_no_statistics() -> None:
+    directions = []
+    for seed in (1, 2):
+        torch.manual_seed(0)
+        norm = nn.BatchNorm1d(4)
+        trunk = nn.Sequential(nn.Linear(4, 4), norm, nn.Dropout(0.5))
+        inputs, rows = torch.randn(2, 8, 4)
+        surgery = Surgery(METATARTAN(rate=10.0), trunk, [nn.Identity(), nn.Identity()])
+        losses = [trunk(inputs)[:, k].square() for k in range(2)]
+        before = norm.running_mean.clone()
+        torch.manual_seed(seed)
+        surgery.backward(
+            *losses,
+            heldout=lambda: HeldOutExamples(
+                forward=lambda: trunk(rows),
+                loss=lambda features, head: head(features)[:, 0].square(),
+                new_head=lambda: nn.Sequential(nn.Dropout(0.5), nn.Linear(4, 1)),
+            ),
+        )
+        assert_close(norm.running_mean, before, rtol=0, atol=0)
+        directions.append(surgery.direction)
+    assert_close(*directions, rtol=0, atol=0)
 
 
 def test_auxilearn_moves_its_weight_by_the_truncated_series() -> None:
@@ -725,28 +768,24 @@ def test_merging_combines_what_is_floating_and_copies_what_counts() -> None:
     branches = MemoryBranches(
         trunk,
         trunk,
-        [],
-        losses=[lambda step: trunk(inputs + step).square().sum(1)],
+        [nn.Identity()],
+        losses=[lambda step: (trunk(inputs + step) - 1).square().sum(1)],
         meta_loss=lambda: trunk(inputs).sum(1),
-        metric=lambda: 0.0,
+        metric=lambda: trunk(inputs).sum().item(),
         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1),
         steps_per_epoch=3,
     )
     forks = [branches.train(torch.ones(1), steps) for steps in (1, 3)]
     merged = branches.merge(forks, [0.25, 0.75])
     assert merged.buffers["num_batches_tracked"] == 1
-    for part in ("parameters", "buffers"):
-        for key in getattr(merged, part).keys() - {"num_batches_tracked"}:
-            few, many = (getattr(fork, part)[key] for fork in forks)
-            assert (few - many).abs().max() > 1e-3
-            assert_close(getattr(merged, part)[key], 0.25 * few + 0.75 * many)
-    only = branches.merge(forks, [0.0, 1.0])
-    assert_close(only.parameters, forks[1].parameters, rtol=0, atol=0)
-    before = branches.snapshot()
-    branches.evaluate(forks[0])
-    branches.gradient(forks[0])
-    branches.commit(branches.start)
-    assert_close(branches.snapshot().buffers, before.buffers, rtol=0, atol=0) if False else None
+    few, many = ({**fork.parameters, **fork.buffers} for fork in forks)
+    for key, value in {**merged.parameters, **merged.buffers}.items():
+        if value.is_floating_point():
+            assert (few[key] - many[key]).abs().max() > 1e-3
+            assert_close(value, 0.25 * few[key] + 0.75 * many[key])
+    branches.evaluate(forks[1])
+    branches.gradient(forks[1])
+    assert_close(branches.snapshot().buffers, forks[1].buffers, rtol=0, atol=0)  # none moved
 
 
 def test_a_diverged_branch_with_no_share_leaves_no_trace() -> None:
@@ -881,15 +920,16 @@ def test_a_table_is_a_task_pair_with_its_own_backbone() -> None:
         for objective, part in zip(objectives, data, strict=True)
     ]
     surgery, optimizer = Surgery("pcgrad", model.shared), torch.optim.Adam(model.parameters(), 0.01)
-    before = None
+    first: Tensor | None = None
     for _ in range(60):
         optimizer.zero_grad()
         surgery.backward(
             *[objectives[k].loss(model(x, k), y) for k, (x, y) in enumerate(everything)]
         )
         optimizer.step()
-        before = surgery.step.losses if before is None else before
-    assert (surgery.step.losses < 0.8 * before).all()
+        first = surgery.step.losses if first is None else first
+    assert first is not None
+    assert (surgery.step.losses < 0.8 * first).all()
 
 
 # the page
