@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar, cast
 
 from gradbench import registry
 from gradbench.errors import FieldError, UnknownKeyError
-from gradbench.fields import Field, Valid, convert_all, fields_of
+from gradbench.fields import Field, Valid, convert_all, fields_of, identity_of
 from gradbench.method import Method, Scale
 from gradbench.registry import Plugin
 from gradbench.result import PROTOCOL
@@ -78,13 +78,13 @@ class RunConfig:
                 "sizes": dict(self.preset.sizes),
                 "source": source,
                 "data_digest": data_digest,
-                "fields": dataclasses.asdict(self.task),
+                "fields": identity_of(self.task),
             },
             "method": {
                 "name": self.method_plugin.name,
                 "revision": self.method.revision,
                 "scale": self.scale,
-                "fields": dataclasses.asdict(self.method),
+                "fields": identity_of(self.method),
             },
             "optimizer": dataclasses.asdict(self.optimizer),
             "budget": dataclasses.asdict(self.budget),

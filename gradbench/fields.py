@@ -42,6 +42,11 @@ class Valid:
 
 
 @dataclass(frozen=True)
+class Location:
+    """The field says where something is; what is there decides about a result, not where."""
+
+
+@dataclass(frozen=True)
 class Uniform:
     """Tuning draws a number uniformly from [low, high]."""
 
@@ -107,6 +112,7 @@ class Field:
     valid: Valid | None
     search: SearchRange | None
     help: str
+    is_location: bool = False
 
     @property
     def expected(self) -> str:
@@ -159,6 +165,7 @@ def fields_of(cls: type) -> Mapping[str, Field]:
             valid=next((mark for mark in marks if isinstance(mark, Valid)), None),
             search=next((mark for mark in marks if isinstance(mark, Uniform | Choice)), None),
             help=next((mark for mark in marks if isinstance(mark, str)), ""),
+            is_location=any(isinstance(mark, Location) for mark in marks),
         )
     return types.MappingProxyType(found)
 
@@ -188,6 +195,13 @@ class Checked:
             value = getattr(self, name)
             converted = field.convert(value, type(self).__name__)
             object.__setattr__(self, name, converted)
+
+
+def identity_of(settings: Any) -> dict[str, Any]:
+    """Return the values of a dataclass by field, without those that only say where things are."""
+    known = fields_of(type(settings))
+    values = dataclasses.asdict(settings)
+    return {name: value for name, value in values.items() if not known[name].is_location}
 
 
 def check_definition(cls: type) -> None:

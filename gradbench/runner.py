@@ -19,10 +19,10 @@ from filelock import FileLock, Timeout
 from gradbench import registry
 from gradbench.backbones import BackboneProvider, split_name
 from gradbench.config import DATA, Request, RunConfig, resolve, run_id, with_shortcuts
+from gradbench.data.store import locate
 from gradbench.environment import fingerprint, resolve_device
 from gradbench.errors import (
     ContractError,
-    DataError,
     FieldError,
     GradBenchError,
     HomeError,
@@ -114,12 +114,6 @@ def home() -> Path:
     return Path(os.environ.get("GRADBENCH_HOME") or ".gradbench")
 
 
-def data_root() -> Path:
-    """Return the folder that holds data sets."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(os.environ.get("GRADBENCH_DATA") or cache / "gradbench")
-
-
 def execute(request: Request, say: Say) -> Outcome:
     """Make the run that is asked for, or find it made.
 
@@ -135,8 +129,9 @@ def execute(request: Request, say: Say) -> Outcome:
     device, warning = resolve_device(request.device)
     for line in [warning] if warning else []:
         say(f"warning: {line}")
-    source = _source(config, DATA.convert(request.data), say)
-    splits = config.task.splits(source, data_root(), config.preset, config.seed)
+    wanted = DATA.convert(request.data)
+    source, folder = locate(config.task, config.task_plugin.name, wanted, say)
+    splits = config.task.splits(source, folder, config.preset, config.seed)
     if config.method.needs_meta:
         splits = splits.with_meta(config.seed)
     splits.check()
@@ -150,21 +145,21 @@ def execute(request: Request, say: Say) -> Outcome:
     identity = config.identity(source, splits.data_digest, digest)
     root = home() / "runs"
     make_folder(root)
-    folder = RunFolder(root / run_id(identity))
-    make_folder(folder.path)
-    with _alone(folder):
-        found = folder.read()
+    run_folder = RunFolder(root / run_id(identity))
+    make_folder(run_folder.path)
+    with _alone(run_folder):
+        found = run_folder.read()
         if found is not None and found.status == "ok":
-            return Outcome(found, folder, repeated=True, error=None)
-        draft = _draft(config, identity, splits, objectives, model, digest, source, folder)
+            return Outcome(found, run_folder, repeated=True, error=None)
+        draft = _draft(config, identity, splits, objectives, model, digest, source, run_folder)
         environment = fingerprint(device, channels_last)
         attempts = 1 if found is None else found.attempts + 1
         draft = draft.model_copy(update={"environment": environment, "attempts": attempts})
         execution = {"device": str(device), "memory_format": environment["memory_format"]}
-        folder.write_config({"identity": identity, "execution": execution})
-        folder.metrics.unlink(missing_ok=True)
-        folder.write(draft)  # says "interrupted" until the run says otherwise
-        return _Execution(config, objectives, splits, model, device, folder, draft, say).run()
+        run_folder.write_config({"identity": identity, "execution": execution})
+        run_folder.metrics.unlink(missing_ok=True)
+        run_folder.write(draft)  # says "interrupted" until the run says otherwise
+        return _Execution(config, objectives, splits, model, device, run_folder, draft, say).run()
 
 
 class _Execution:
@@ -286,26 +281,6 @@ class _Execution:
         with self.folder.log.open("a", encoding="utf-8") as log:
             log.write(f"{_now()} {line}\n")
         self._shown(line)
-
-
-def _source(config: RunConfig, wanted: str, say: Say) -> Source:
-    """Return where the data comes from.
-
-    Raises:
-        DataError: if what is wanted is not there.
-    """
-    task, name = config.task, config.task_plugin.name
-    missing = task.missing(data_root()) if "real" in task.sources else "It has no real data."
-    if wanted == "sample" or (wanted == "auto" and missing is not None):
-        if "sample" not in task.sources:
-            reason = missing or "Its real data is always there: leave --data out."
-            raise DataError(f"Expected a task with sample data, found {name!r}. {reason}")
-        if wanted == "auto":
-            say(f"NOTICE: {name} runs on its drawn SAMPLE, not on real data. {missing}")
-        return "sample"
-    if missing is not None:
-        raise DataError(f"Expected the real data of {name!r}. {missing}")
-    return "real"
 
 
 def _build(

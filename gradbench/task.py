@@ -269,13 +269,19 @@ class TaskPair(Checked, ABC):
     def objectives(self) -> tuple[Objective, ...]:
         """Return the objectives, the primary first."""
 
-    @abstractmethod
-    def missing(self, root: Path) -> str | None:
-        """Say which real files are missing under ``root`` and how to get them, or None."""
+    def missing(self, folder: Path) -> str | None:
+        """Say which real files are missing in ``folder`` and how to get them, or None."""
+        return None
+
+    def draw_sample(self, folder: Path) -> None:
+        """Write a small, deterministic stand-in into ``folder``, in the real on-disk format."""
+        raise DataError(f"Expected a task with sample data, found {type(self).__name__}.")
 
     @abstractmethod
-    def splits(self, source: Source, root: Path, preset: Preset, seed: int) -> Splits:
+    def splits(self, source: Source, folder: Path, preset: Preset, seed: int) -> Splits:
         """Return the data of one run; drawn splits are a function of ``seed``.
+
+        ``folder`` holds the real files or the drawn sample, in the same layout.
 
         Raises:
             DataError: if the data can not give every split its examples.

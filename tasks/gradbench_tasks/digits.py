@@ -81,10 +81,7 @@ class Digits(TaskPair):
             DigitClassification("digits 5–9", AUXILIARY_FROM, margin=0.02),
         )
 
-    def missing(self, root: Path) -> str | None:
-        return None
-
-    def splits(self, source: Source, root: Path, preset: Preset, seed: int) -> Splits:
+    def splits(self, source: Source, folder: Path, preset: Preset, seed: int) -> Splits:
         bundle = load_digits()
         scans, labels = bundle.images.astype(np.float32), bundle.target.astype(np.int64)
         primary = np.flatnonzero(labels < AUXILIARY_FROM)

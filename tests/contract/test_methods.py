@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import functools
+
 import pytest
 
 from gradbench import registry
@@ -8,12 +10,13 @@ from gradbench.testing import MakeMethod, MethodContract
 
 NAMES = [row.name for row in registry.listing(registry.METHODS)]
 
+load = functools.cache(lambda name: registry.load_class(registry.METHODS, name, Method).obj)
+
 
 class TestInstalledMethods(MethodContract):
     @pytest.fixture(params=NAMES)
     def make_method(self, request: pytest.FixtureRequest) -> MakeMethod:
-        made: MakeMethod = registry.load_class(registry.METHODS, request.param, Method).obj
-        return made
+        return load(request.param)
 
 
 def test_the_first_methods_are_among_them() -> None:

@@ -66,6 +66,7 @@ MASK, IGNORED = 0, -100  # the token that stands for a hidden one; the target wi
 
 @dataclass(frozen=True)
 class FAMO(Scalarization):
+    scale = "mean"
     absorbs_auxiliary_weight = True
     rate: float = 0.025
     decay: float = 0.001
@@ -209,7 +210,6 @@ class AuxiLearn(Weighting):
 @dataclass(frozen=True)
 class ForkMerge(Branching):
     needs_meta = True
-    absorbs_auxiliary_weight = True
 
     def epoch(self, branches: Branches) -> None:
         mixtures = torch.eye(branches.objectives)
@@ -645,27 +645,25 @@ def test_meta_tartan_follows_the_cosine_with_the_second_held_out_batch() -> None
 
 @pytest.mark.xfail(reason="Surgery lets a held-out batch through the trunk as a training batch")
 def test_a_held_out_pass_has_no_dropout_and_moves_no_statistics() -> None:
-    directions = []
-    for seed in (1, 2):
+    def result(seed: int) -> Tensor:
         torch.manual_seed(0)
         norm = nn.BatchNorm1d(4)
         trunk = nn.Sequential(nn.Linear(4, 4), norm, nn.Dropout(0.5))
         inputs, rows = torch.randn(2, 8, 4)
-        surgery = Surgery(METATARTAN(rate=10.0), trunk, [nn.Identity(), nn.Identity()])
         losses = [trunk(inputs)[:, k].square() for k in range(2)]
-        before = norm.running_mean.clone()
-        torch.manual_seed(seed)
-        surgery.backward(
-            *losses,
-            heldout=lambda: HeldOutExamples(
-                forward=lambda: trunk(rows),
-                loss=lambda features, head: head(features)[:, 0].square(),
-                new_head=lambda: nn.Sequential(nn.Dropout(0.5), nn.Linear(4, 1)),
-            ),
+        statistics = [buffer.clone() for buffer in norm.buffers()]
+        heldout = HeldOutExamples(
+            forward=lambda: trunk(rows),
+            loss=lambda features, head: head(features)[:, 0].square(),
+            new_head=lambda: nn.Sequential(nn.Dropout(0.5), nn.Linear(4, 1)),
         )
-        assert_close(norm.running_mean, before, rtol=0, atol=0)
-        directions.append(surgery.direction)
-    assert_close(*directions, rtol=0, atol=0)
+        torch.manual_seed(seed)
+        surgery = Surgery(METATARTAN(), trunk, [nn.Identity(), nn.Identity()])
+        surgery.backward(*losses, heldout=lambda: heldout)
+        assert_close(list(norm.buffers()), statistics, rtol=0, atol=0)
+        return surgery.direction
+
+    assert_close(result(1), result(2), rtol=0, atol=0)
 
 
 def test_auxilearn_moves_its_weight_by_the_truncated_series() -> None:

@@ -1,0 +1,1 @@
+"""Where the data of task pairs is, and how it gets there."""
