@@ -37,9 +37,6 @@ class Branches(ABC):
     nothing else. Vectors (P,) have the order of ``step.jacobian``.
     """
 
-    start: Branch
-    epoch: int
-
     def __init__(
         self,
         model: nn.Module,
@@ -93,11 +90,8 @@ class Branches(ABC):
 
     def merge(self, branches: Sequence[Branch], coefficients: Sequence[float]) -> Branch:
         """Return the weighted sum of branches; integer buffers are those of the first one."""
-
-        def total(parts: Sequence[Tensors]) -> dict[str, Tensor]:
-            return {key: _sum([part[key] for part in parts], coefficients) for key in parts[0]}
-
-        return Branch(total([b.parameters for b in branches]), total([b.buffers for b in branches]))
+        parts = [b.parameters for b in branches], [b.buffers for b in branches]
+        return Branch(*(_total(part, coefficients) for part in parts))
 
     def vector(self, branch: Branch) -> Tensor:
         """Return the shared parameters (P,) of ``branch``."""
@@ -109,8 +103,7 @@ class Branches(ABC):
     def at(self, vector: Tensor, heads: Sequence[Branch]) -> Branch:
         """Return the branch with shared parameters ``vector`` (P,) and head k of ``heads[k]``.
 
-        Buffers are those of ``heads[0]``; where there is batch norm, the benchmark's loop
-        estimates its statistics anew.
+        Buffers are those of ``heads[0]``; the benchmark's loop estimates batch norm's anew.
         """
         parameters = dict(self.start.parameters)
         for part, key in zip(self._flat.slices(vector.contiguous()), self._shared, strict=True):
@@ -170,12 +163,11 @@ class MemoryBranches(Branches):
         made = self._new_optimizer(self.model.parameters())
         if optimizer in self._optimizers:
             made.load_state_dict(copy.deepcopy(self._optimizers[optimizer]))  # it would be shared
-        weighted = [(w, losses) for w, losses in zip(weights.tolist(), self._losses, strict=True)]
         first = self.epoch * self.steps_per_epoch
         for step in range(first, first + steps):
             made.zero_grad()
             with torch.enable_grad():
-                for weight, losses in weighted:
+                for weight, losses in zip(weights.tolist(), self._losses, strict=True):
                     if weight:
                         (weight * mean_loss(losses(step))).backward()
             made.step()
@@ -200,11 +192,11 @@ class MemoryBranches(Branches):
         return out
 
 
-def _sum(parts: Sequence[Tensor], coefficients: Sequence[float]) -> Tensor:
-    if not parts[0].is_floating_point():
-        return parts[0].clone()
-    out = torch.zeros_like(parts[0])
-    for part, coefficient in zip(parts, coefficients, strict=True):
-        if coefficient:  # 0 times a branch that diverged is not 0
-            out.add_(part, alpha=coefficient)
-    return out
+def _total(parts: Sequence[Tensors], coefficients: Sequence[float]) -> dict[str, Tensor]:
+    total = {key: value.clone() for key, value in parts[0].items()}
+    for key in (key for key, value in total.items() if value.is_floating_point()):
+        total[key].zero_()
+        for part, coefficient in zip(parts, coefficients, strict=True):
+            if coefficient:  # 0 times a branch that diverged is not 0
+                total[key].add_(part[key], alpha=coefficient)
+    return total

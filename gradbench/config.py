@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, cast
 
 from gradbench import registry
+from gradbench.backbones import split_name
 from gradbench.errors import FieldError, UnknownKeyError
 from gradbench.fields import Field, Valid, convert_all, fields_of, identity_of
 from gradbench.method import Method, Scale
@@ -42,6 +43,7 @@ class Request:
     device: str = "auto"
     precision: str = "fp32"
     memory_format: str = "auto"
+    allow_environment_change: bool = False
     settings: Mapping[str, object] = field(default_factory=dict)
 
 
@@ -119,7 +121,8 @@ def resolve(request: Request) -> RunConfig:
             f"Expected task.auxiliary_weight to be 1 with method {request.method!r}, which gives "
             f"it no meaning, found {task.auxiliary_weight:g}; leave it out."
         )
-    architecture = Architecture(backbone=preset.backbone)
+    architecture = _changed(Architecture(backbone=preset.backbone), groups["model"], "model")
+    backbone = ":".join(split_name(architecture.backbone))  # one name, with or without provider
     return RunConfig(
         method_plugin=method_plugin,
         method=method,
@@ -130,7 +133,7 @@ def resolve(request: Request) -> RunConfig:
         preset=preset,
         optimizer=_changed(preset.optimizer, groups["optimizer"], "optimizer"),
         budget=_changed(preset.budget, groups["budget"], "budget"),
-        architecture=_changed(architecture, groups["model"], "model"),
+        architecture=dataclasses.replace(architecture, backbone=backbone),
         precision=PRECISION.convert(request.precision),
         seed=SEED.convert(request.seed),
     )

@@ -8,6 +8,7 @@ from importlib import metadata
 import torch
 
 from gradbench.errors import DeviceError, nearest
+from gradbench.result import Environment
 
 
 def resolve_device(name: str) -> tuple[torch.device, str | None]:
@@ -19,7 +20,8 @@ def resolve_device(name: str) -> tuple[torch.device, str | None]:
     if name == "auto":
         return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"), None
     kind, colon, number = name.partition(":")
-    if kind not in ("cpu", "cuda", "mps") or (colon and not (kind == "cuda" and number.isdigit())):
+    numbered = kind == "cuda" and number.isdecimal()
+    if kind not in ("cpu", "cuda", "mps") or (colon and not numbered):
         known = ["auto", "cpu", "cuda", "cuda:0", "mps"]
         raise DeviceError(
             f"Expected a device auto, cpu, cuda, cuda:N or mps, found {name!r}.{nearest(name, known)}"
@@ -39,13 +41,13 @@ def resolve_device(name: str) -> tuple[torch.device, str | None]:
     return torch.device("cpu"), None
 
 
-def fingerprint(device: torch.device, channels_last: bool) -> dict[str, str | int | bool | None]:
+def fingerprint(device: torch.device, channels_last: bool) -> Environment:
     """Return what has to be equal for a run to repeat its bits."""
     cuda = device.type == "cuda"
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "timm": metadata.version("timm"),
         "numpy": metadata.version("numpy"),
         "device": torch.cuda.get_device_name(device) if cuda else platform.machine(),
@@ -55,6 +57,7 @@ def fingerprint(device: torch.device, channels_last: bool) -> dict[str, str | in
         "compile": False,
         "memory_format": "channels-last" if channels_last else "contiguous",
         "tf32": torch.backends.cudnn.allow_tf32 if cuda else False,
-        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        # on CUDA every run uses deterministic kernels, whatever its caller does
+        "deterministic": cuda or torch.are_deterministic_algorithms_enabled(),
         "world_size": 1,
     }

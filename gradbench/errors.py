@@ -82,6 +82,10 @@ class HomeError(GradBenchError, OSError):
     """The folder that holds the runs can not be written."""
 
 
+class EnvironmentChangedError(GradBenchError):
+    """A run would go on in an environment that can not repeat its bits."""
+
+
 class RecordError(GradBenchError, ValueError):
     """A stored record does not fit the schema or the run that it is found under."""
 

@@ -12,6 +12,11 @@ from typing import Any
 from gradbench.errors import HomeError
 
 
+def home() -> Path:
+    """Return the folder that holds everything that GradBench keeps, except data sets."""
+    return Path(os.environ.get("GRADBENCH_HOME") or ".gradbench")
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Give a temporary path whose content takes the place of ``path`` at once, or not at all."""

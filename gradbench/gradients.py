@@ -125,18 +125,20 @@ class Blocks:
 class BlockProbe:
     """Watches the first forward of each module of a trunk to learn the order of the blocks."""
 
-    def __init__(self, trunk: nn.Module, flat: FlatGradients) -> None:
-        self._owners = _owners(trunk, flat)
+    def __init__(self, trunk: nn.Module) -> None:
+        self._trunk = trunk
         self._order: list[nn.Module] = []
         self._handles = {
-            module: module.register_forward_pre_hook(self._start) for module in self._owners
+            module: module.register_forward_pre_hook(self._start)
+            for module in trunk.modules()
+            if next(module.parameters(recurse=False), None) is not None
         }
 
     def _start(self, module: nn.Module, inputs: object) -> None:
         self._order.append(module)
         self._handles.pop(module).remove()
 
-    def blocks(self) -> Blocks:
+    def blocks(self, flat: FlatGradients) -> Blocks:
         """Return the blocks; modules whose own forward is never called come last.
 
         Raises:
@@ -147,11 +149,13 @@ class BlockProbe:
                 "Expected one forward of the trunk before blocks are asked for; make the Surgery "
                 "before the forward whose losses it gets."
             )
-        modules = [*self._order, *(m for m in self._owners if m not in self._order)]
-        weighted = [i for i, module in enumerate(self._order) if _trains_a_matrix(module)]
+        owners = _owners(self._trunk, flat)
+        called = [module for module in self._order if module in owners]
+        modules = [*called, *(module for module in owners if module not in called)]
+        weighted = [i for i, module in enumerate(called) if _trains_a_matrix(module)]
         return Blocks(
-            slices=tuple(self._owners[module] for module in modules),
-            last_weight=weighted[-1] if weighted else len(self._order) - 1,
+            slices=tuple(owners[module] for module in modules),
+            last_weight=weighted[-1] if weighted else max(len(called) - 1, 0),
         )
 
 

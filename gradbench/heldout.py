@@ -83,4 +83,4 @@ class HeldOutBatch:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(self._seed)
             head = self._examples.new_head()
-        return head.to(self._flat.device)
+        return head.to(self._flat.device, self._flat.dtype)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
 from gradbench.errors import RecordError
-from gradbench.files import replacing, write_json
+from gradbench.files import home, replacing, write_json
 
 if TYPE_CHECKING:
     from gradbench.training.evaluation import Evaluation
@@ -16,13 +18,16 @@ if TYPE_CHECKING:
 SCHEMA = 1
 PROTOCOL = "GB-1"
 
+Environment = dict[str, str | int | bool | None]
 Status = Literal["ok", "failed", "nan", "oom", "timeout", "interrupted"]
 
 
 class _Part(BaseModel):
     """Every field is always present; what is not known is null."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, json_schema_serialization_defaults_required=True
+    )
 
 
 class Failure(_Part):
@@ -149,7 +154,7 @@ class RunResult(_Part):
     metrics: Metrics | None
     cost: Cost
     diagnostics: Diagnostics
-    environment: dict[str, str | int | bool | None]
+    environment: Environment
 
     def as_json(self) -> dict[str, Any]:
         """Return plain JSON values; nothing is left out."""
@@ -166,6 +171,11 @@ def json_schema() -> dict[str, Any]:
     """Return the JSON schema of ``result.json``."""
     schema = RunResult.model_json_schema(by_alias=True, mode="serialization")
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+def runs_folder() -> Path:
+    """Return the folder that holds all runs."""
+    return home() / "runs"
 
 
 class RunFolder:
@@ -188,6 +198,16 @@ class RunFolder:
     def predictions(self) -> Path:
         """One row an example of the validation and test splits."""
         return self.path / "predictions.parquet"
+
+    @property
+    def weights(self) -> Path:
+        """The model that was tested."""
+        return self.path / "model.safetensors"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where a run that has not ended can go on."""
+        return self.path / "checkpoint"
 
     @property
     def log(self) -> Path:
@@ -217,6 +237,19 @@ class RunFolder:
     def write_config(self, config: dict[str, Any]) -> None:
         """Write what was asked for."""
         write_json(self.path / "config.json", config)
+
+    def add_epoch(self, row: dict[str, Any]) -> None:
+        """Append one epoch to the metrics."""
+        with self.metrics.open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps(row) + "\n")
+            lines.flush()
+            os.fsync(lines.fileno())
+
+    def keep_epochs(self, count: int) -> None:
+        """Leave the first ``count`` epochs in the metrics, those that a checkpoint knows of."""
+        known = self.metrics.read_bytes().splitlines(True)[:count] if count else []
+        with replacing(self.metrics) as temporary:
+            temporary.write_bytes(b"".join(known))
 
     def write_predictions(self, splits: dict[str, Evaluation]) -> None:
         """Write split, example, target and score of every scored example."""

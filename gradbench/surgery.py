@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,9 +16,11 @@ from gradbench import registry, seeding
 from gradbench.errors import ContractError, FieldError, MissingInputError
 from gradbench.fields import convert_all
 from gradbench.gradients import (
+    Arithmetic,
     BlockProbe,
     Blocks,
     FlatGradients,
+    GeneratorState,
     evaluation_mode,
     full_precision,
     generator_state,
@@ -36,6 +41,8 @@ from gradbench.method import (
     State,
     Weighting,
     Weights,
+    load_state,
+    saved_state,
 )
 from gradbench.step import BatchNorm, Draw, HeldOut, Step
 
@@ -55,10 +62,10 @@ class Surgery:
         surgery.after_step()
 
     ``trunk`` is the shared module; ``heads`` are one module an objective, needed by methods that
-    weigh the heads' gradients. ``steps_per_epoch`` is needed by methods that read ``step.epoch``.
-    ``scale="sum"`` gives a mean or unit direction the length of a sum. ``name`` is what the
-    method's random numbers are drawn for, where it is not a name already. ``fields`` are the
-    method's hyper-parameters.
+    weigh the heads' gradients. Extra passes turn dropout off in the trunk and in ``heads`` alone.
+    ``steps_per_epoch`` is needed by methods that read ``step.epoch``. ``scale="sum"`` gives a mean
+    or unit direction the length of a sum. ``name`` is what the method's random numbers are drawn
+    for, where it is not a name already. ``fields`` are the method's hyper-parameters.
 
     Raises:
         PluginNotFoundError: if no method of that name is installed.
@@ -82,13 +89,14 @@ class Surgery:
         self.method = _make(method, fields)
         self.name = name or (method if isinstance(method, str) else type(method).__name__)
         self.backward_passes = 0  # of one objective's batch, or of one row of a sketch
-        _check(self.method, self.name, heads, scale)
+        _check(self.method, self.name, trunk, heads, scale)
         self.trunk, self.heads = trunk, tuple(heads)
         self.index = 0
         self.state: State | None = None
         self._steps_per_epoch, self._seed, self._scale = steps_per_epoch, seed, scale
-        self._parameters = [p for p in trunk.parameters() if p.requires_grad]
-        self._sources: dict[int, tuple[Closure, Any]] = {}
+        self._parameters = list(trunk.parameters())
+        self._probe = BlockProbe(trunk)
+        self._sources: dict[int, list[tuple[Closure, GeneratorState]]] = {}
         self._means: dict[int, Tensor] = {}
         self._step: Step | None = None
         self._lay_out()
@@ -96,15 +104,17 @@ class Surgery:
             self.start(objectives)
 
     def _lay_out(self) -> None:
-        self._flat = FlatGradients(self._parameters)
+        self._flat = FlatGradients(self._trainable())
         self._out = self._flat.new()
         self._out_slices = self._flat.slices(self._out)
         self._rows: Tensor | None = None  # (batches, K, P)
         self._row_slices: list[list[list[Tensor]]] = []
         self._written: set[tuple[int, int]] = set()
         self._stashed: dict[int, list[tuple[nn.Parameter, Tensor | None]]] = {}
-        self._probe = BlockProbe(self.trunk, self._flat)
         self._blocks: Blocks | None = None
+
+    def _trainable(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self._parameters if parameter.requires_grad]
 
     @property
     def direction(self) -> Tensor:
@@ -120,6 +130,13 @@ class Surgery:
 
     def start(self, objectives: int) -> None:
         """Make the method's memory for this number of objectives."""
+        if objectives < 1:
+            raise ContractError("Expected losses of at least one objective, found none.")
+        if _weighs_heads(self.method) and len(self.heads) != objectives:
+            raise ContractError(
+                f"Expected {objectives} heads, one an objective, for method {self.name!r}, "
+                f"found {len(self.heads)}."
+            )
         self.objectives = objectives
         flat = self._flat
         self.state = self.method.initial_state(
@@ -136,9 +153,10 @@ class Surgery:
 
         An objective, the primary first, is its losses an example (B,) or a closure that returns
         them; for a method with several independent batches it is a sequence of those. Tensors
-        may share one forward; with closures one graph is alive at a time. ``sketch`` returns the
-        losses of some primary examples; it is called when the method asks, and may take how many
-        examples are wanted. ``heldout`` returns primary examples that are not trained on.
+        may share one forward; with closures one graph is alive at a time. Of several batches the
+        first trains the head and makes ``step.losses``. ``sketch`` returns the losses of some
+        primary examples; it is called when the method asks, and may take how many examples are
+        wanted. ``heldout`` returns primary examples that are not trained on.
         """
         batches = [_batches(objective, self.method.batches) for objective in objectives]
         if self.state is None:
@@ -149,10 +167,14 @@ class Surgery:
                 f"found {len(batches)}."
             )
         last = (len(batches) - 1, self.method.batches - 1)
-        for k, sources in enumerate(batches):
-            for b, source in enumerate(sources):
-                self.add(k, source, batch=b, retain_graph=(k, b) != last)
-        self.apply(sketch=sketch, heldout=heldout)
+        try:
+            for k, sources in enumerate(batches):
+                for b, source in enumerate(sources):
+                    self.add(k, source, batch=b, retain_graph=(k, b) != last)
+            self.apply(sketch=sketch, heldout=heldout)
+        except BaseException:
+            self._discard()  # or the next call would add to what this one has
+            raise
 
     def add(self, k: int, losses: Source, *, batch: int = 0, retain_graph: bool = True) -> None:
         """Add the gradient of the mean loss of objective ``k``; several calls add up.
@@ -162,11 +184,17 @@ class Surgery:
         """
         if self.state is None:
             raise ContractError("Expected Surgery(…, objectives=K) where add is called directly.")
+        if not 0 <= k < self.objectives:
+            raise ContractError(
+                f"Expected an objective from 0 to {self.objectives - 1}, found {k}."
+            )
         if not self._means:
             self._keep_up_with_layout()
+            self._sources.clear()
         if callable(losses):
             if batch == 0:
-                self._sources[k] = (losses, generator_state(self._flat.device))
+                source = (losses, generator_state(self._flat.device))
+                self._sources.setdefault(k, []).append(source)
             value, retain_graph = losses(), False
         else:
             value = losses
@@ -180,7 +208,8 @@ class Surgery:
         self._stash_head(k)
         self._bind_row(batch, k)
         if mean.requires_grad:
-            mean.backward(retain_graph=retain_graph)
+            inputs = None if batch == 0 else self._flat.parameters
+            torch.autograd.backward(mean, retain_graph=retain_graph, inputs=inputs)
             self.backward_passes += 1
 
     def apply(
@@ -215,34 +244,23 @@ class Surgery:
 
     def after_step(self) -> None:
         """Let the method look back, after ``optimizer.step()``."""
-        with torch.no_grad():
+        with torch.no_grad(), full_precision(self._flat.device):
             self.method.after_step(self.step)
         self._sources.clear()
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint holds; state that the method can rebuild is left out."""
-        kept = {k: v for k, v in (self.state or {}).items() if k not in self.method.rebuildable}
-        return {
-            "index": self.index,
-            "state": {
-                key: value.state_dict() if hasattr(value, "state_dict") else value
-                for key, value in kept.items()
-            },
-        }
+        return {"index": self.index, "state": saved_state(self.method, self.state or {})}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Go on from a checkpoint; ``objectives`` must be known."""
         if self.state is None:
             raise ContractError("Expected Surgery(…, objectives=K) before a checkpoint is loaded.")
         self.index = int(saved["index"])
-        for key, value in saved["state"].items():
-            if hasattr(self.state.get(key), "load_state_dict"):
-                self.state[key].load_state_dict(value)
-            else:
-                self.state[key] = value
+        load_state(self.state, saved["state"])
 
     def _scalarize(self, method: Scalarization, means: list[Tensor], step: Step) -> None:
-        with torch.no_grad():
+        with torch.no_grad(), full_precision(self._flat.device):
             weights = method.weights_from_losses(step.losses, step)
             if self._scale == "sum" and method.scale == "mean":
                 weights = weights * self.objectives
@@ -278,15 +296,21 @@ class Surgery:
             return None
         if self.method.scale == "mean":
             return float(self.objectives)
-        return step.jacobian.sum(0).norm()
+        length: Tensor = torch.linalg.vector_norm(step.jacobian.sum(0))
+        return length
 
     def _keep_up_with_layout(self) -> None:
-        if self._flat.layout == self._flat.current_layout():
+        flat, trainable = self._flat, self._trainable()
+        same = len(trainable) == len(flat.parameters) and all(
+            map(operator.is_, trainable, flat.parameters)
+        )
+        if same and flat.layout == flat.current_layout():
             return
         if self.index > 0:
             raise ContractError(
-                "Expected the shared parameters on the device and in the memory format of the "
-                "first step, found them moved; make a new Surgery after moving a model."
+                "Expected the shared parameters on the device, in the memory format and with the "
+                "requires_grad of the first step, found them changed; make a new Surgery after "
+                "moving, freezing or unfreezing a model."
             )
         self._lay_out()
         self.start(self.objectives)
@@ -299,6 +323,15 @@ class Surgery:
             self._rows[batch, k].zero_()
         self._written.add((batch, k))
         self._flat.bind(self._row_slices[batch][k])
+
+    def _discard(self) -> None:
+        """Forget the step that was begun."""
+        for stashed in self._stashed.values():
+            for parameter, before in stashed:
+                parameter.grad = before
+        self._stashed.clear()
+        self._sources.clear()
+        self._means, self._written = {}, set()
 
     def _stash_head(self, k: int) -> None:
         if self.method.heads == "weighted" and k not in self._stashed:
@@ -330,8 +363,7 @@ class _Sources:
     ) -> None:
         self._surgery, self._flat = surgery, surgery._flat
         self._sketch, self._heldout = sketch, heldout
-        kind = surgery._flat.device.type
-        self._autocast = (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+        self._arithmetic = Arithmetic.present(self.device)
         self._held_out = 0
 
     @property
@@ -352,15 +384,14 @@ class _Sources:
 
     def blocks(self) -> tuple[tuple[slice, ...], int]:
         if self._surgery._blocks is None:
-            self._surgery._blocks = self._surgery._probe.blocks()
+            self._surgery._blocks = self._surgery._probe.blocks(self._flat)
         return self._surgery._blocks.slices, self._surgery._blocks.last_weight
 
     def sketch(self, draw: Draw, samples: int, batch_norm: BatchNorm) -> Tensor:
         if self._sketch is None:
             raise self._missing("step.sketch", "sketch=lambda: losses an example of the primary")
-        modules = (self._surgery.trunk, *self._surgery.heads)
         by_batch = batch_norm == "batch"
-        with self._as_in_the_loop(), evaluation_mode(*modules, batch_statistics=by_batch):
+        with self._as_in_the_loop(), evaluation_mode(*self._modules, batch_statistics=by_batch):
             losses = per_example(_call_with_count(self._sketch, samples))
             combinations = draw(losses.shape[0])
             self._surgery.backward_passes += len(combinations)
@@ -373,7 +404,7 @@ class _Sources:
     def hvp(self, vector: Tensor, weights: Tensor) -> Tensor:
         with self._as_in_the_loop(), twice_differentiable():
             losses = self._again("hvp")
-            total = torch.stack([loss.to(weights.dtype) for loss in losses]) @ weights
+            total = (torch.stack([loss.to(weights.dtype) for loss in losses]) * weights).sum()
             return self._flat.hvp(total, vector)
 
     def heldout(self) -> HeldOut:
@@ -382,7 +413,11 @@ class _Sources:
         self._held_out += 1
         surgery = self._surgery
         seed = seeding.derive(surgery._seed, "heldout", surgery.index, self._held_out)
-        return HeldOutBatch(self._heldout(), self._flat, seed)
+        return HeldOutBatch(self._heldout(), self._flat, seed, self._beside_the_loop)
+
+    @property
+    def _modules(self) -> tuple[nn.Module, ...]:
+        return (self._surgery.trunk, *self._surgery.heads)
 
     def _again(self, what: str) -> list[Tensor]:
         """Return the losses of the same batches under the same dropout, with present weights."""
@@ -391,17 +426,24 @@ class _Sources:
             raise self._missing(f"step.{what}", "closures, backward(lambda: …, lambda: …)")
         losses = []
         for k in range(surgery.objectives):
-            closure, state = surgery._sources[k]
-            with replayed(state, self.device), unmoved_statistics(surgery.trunk):
-                losses.append(mean_loss(closure()))
+            parts = []
+            for closure, state in surgery._sources[k]:
+                with replayed(state, self.device), unmoved_statistics(*self._modules):
+                    parts.append(mean_loss(closure()))
+            losses.append(functools.reduce(torch.add, parts))
         return losses
 
     @contextlib.contextmanager
     def _as_in_the_loop(self) -> Iterator[None]:
-        enabled, dtype = self._autocast
+        with torch.enable_grad(), self._arithmetic.on(self.device):
+            yield
+
+    @contextlib.contextmanager
+    def _beside_the_loop(self) -> Iterator[None]:
+        """Look with dropout off and statistics unmoved; batch norm uses those of the batch."""
         with (
-            torch.enable_grad(),
-            torch.autocast(self.device.type, dtype=dtype, enabled=enabled),
+            self._arithmetic.on(self.device),
+            evaluation_mode(*self._modules, batch_statistics=True),
         ):
             yield
 
@@ -422,7 +464,9 @@ def _make(method: str | Method, fields: Mapping[str, Any]) -> Method:
     return method
 
 
-def _check(method: Method, name: str, heads: Sequence[nn.Module], scale: Scale) -> None:
+def _check(
+    method: Method, name: str, trunk: nn.Module, heads: Sequence[nn.Module], scale: Scale
+) -> None:
     if isinstance(method, Branching):
         raise ContractError(
             f"Expected a method that acts in every step, found {name!r}, which trains branches of "
@@ -430,8 +474,21 @@ def _check(method: Method, name: str, heads: Sequence[nn.Module], scale: Scale) 
         )
     if scale not in ("paper", "sum"):
         raise FieldError(f"Expected scale to be 'paper' or 'sum', found {scale!r}.")
-    if method.heads == "weighted" and not isinstance(method, Scalarization) and not heads:
+    if not _weighs_heads(method):
+        return
+    if not heads:
         raise ContractError(f"Method {name!r} weighs the heads; pass heads=(…), primary first.")
+    owned = [id(p) for module in (trunk, *heads) for p in module.parameters()]
+    if len(set(owned)) < len(owned):
+        raise ContractError(
+            f"Method {name!r} weighs the heads, found parameters that a head has in common with "
+            "another head or the trunk; put what is shared into the trunk, and there alone."
+        )
+
+
+def _weighs_heads(method: Method) -> bool:
+    """Say whether head gradients are weighted after the fact; one backward pass needs no help."""
+    return method.heads == "weighted" and not isinstance(method, Scalarization)
 
 
 def _batches(objective: Source | Sequence[Source], count: int) -> list[Source]:
@@ -447,9 +504,12 @@ def _batches(objective: Source | Sequence[Source], count: int) -> list[Source]:
 
 
 def _call_with_count(source: Callable[..., ExampleLosses], samples: int) -> ExampleLosses:
-    """Call ``source`` with the number of examples wanted, if it takes an argument."""
-    code = getattr(source, "__code__", None)
-    takes_count = code is not None and code.co_argcount > 0
+    """Call ``source`` with the number of examples wanted, if it needs an argument."""
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    takes_count = any(
+        parameter.kind in positional and parameter.default is inspect.Parameter.empty
+        for parameter in inspect.signature(source).parameters.values()
+    )
     return source(samples) if takes_count else source()
 
 

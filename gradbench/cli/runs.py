@@ -42,6 +42,12 @@ def run(
             help="method.…, task.…, optimizer.…, budget.… or model.…, as `gradbench info` shows.",
         ),
     ] = None,
+    allow_environment_change: Annotated[
+        bool,
+        typer.Option(
+            "--allow-environment-change", help="Go on with a run that began in another environment."
+        ),
+    ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the record as JSON on stdout, nothing else.")
     ] = False,
@@ -63,6 +69,7 @@ def run(
         device=device,
         precision=precision,
         memory_format=memory_format,
+        allow_environment_change=allow_environment_change,
         settings=with_shortcuts(given, shortcuts),
     )
     outcome = execute(request, lambda line: print(line, file=sys.stderr, flush=True))

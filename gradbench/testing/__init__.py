@@ -32,11 +32,13 @@ from gradbench.testing.properties import (  # noqa: E402
     PositivelyHomogeneous,
 )
 from gradbench.testing.steps import MatrixSource, step_over  # noqa: E402
+from gradbench.testing.tasks import MakeTask, TaskContract, TinyTrunk  # noqa: E402
 
 __all__ = [
     "Batch",
     "LinearLoop",
     "MakeMethod",
+    "MakeTask",
     "MatrixSource",
     "MethodChecks",
     "MethodContract",
@@ -44,6 +46,8 @@ __all__ = [
     "PermutationInvariant",
     "PluginChecks",
     "PositivelyHomogeneous",
+    "TaskContract",
+    "TinyTrunk",
     "assert_never_waits",
     "batch_of",
     "direction",

@@ -40,14 +40,16 @@ STEPS_PER_EPOCH = 4
 LATER = 6  # steps after a checkpoint: the rest of one epoch and the first steps of the next
 LINE = 100  # characters of a summary, which listings print on one line
 
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+DTYPES = pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64], ids=["float32", "float64"]
+)
 AWKWARD = list(awkward_jacobians(PARAMETERS, torch.float64))
 SHAPES = [(1, PARAMETERS), (2, PARAMETERS), (5, PARAMETERS), (5, 3), (2, 1)]  # (K, P)
-LOSSES = {
+LOSSES = {  # what a network that fits everything has, and one that has just been initialised badly
     "zero primary": [0.0, 1.0, 2.0],
     "zero": [0.0, 0.0, 0.0],
     "tiny": [1e-10, 2e-10, 3e-10],
-    "huge": [1e10, 2e10, 3e10],
+    "huge": [1e4, 2e4, 3e4],
 }
 
 
@@ -165,8 +167,7 @@ class MethodContract(MethodChecks):
         train(loop, [0])
         assert loop.head_weights.isfinite().all()
         if method.heads == "own":
-            expected = torch.full_like(loop.head_weights, method.batches)
-            assert_close(loop.head_weights, expected, rtol=0, atol=0)
+            assert_close(loop.head_weights, torch.ones_like(loop.head_weights), rtol=0, atol=0)
 
     def test_what_it_is_given_stays_as_it_is(self, make_step_method: MakeMethod) -> None:
         method = make_step_method()
@@ -259,7 +260,9 @@ def _backward(loop: LinearLoop, batch: Batch) -> Tensor:
 
 def _repeat(method: Method, batch: Batch) -> list[Tensor]:
     """Return the directions of a step, of one after it, and of one in the next epoch."""
-    loop = LinearLoop(method, *batch.jacobian.shape[1:], dtype=batch.losses.dtype, steps_per_epoch=2)
+    loop = LinearLoop(
+        method, *batch.jacobian.shape[1:], dtype=batch.losses.dtype, steps_per_epoch=2
+    )
     found = []
     for _ in range(3):
         found.append(_backward(loop, batch))

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -26,7 +27,10 @@ from gradbench.step import Step
 from gradbench.testing.inputs import EXAMPLES, Batch
 from gradbench.testing.steps import step_over
 
-INDICES, STEPS_PER_EPOCH = (0, 1, 4), 2  # the first step, one within an epoch, a later epoch's first
+INDICES, STEPS_PER_EPOCH = (
+    (0, 1, 4),
+    2,
+)  # the first step, one within an epoch, a later epoch's first
 
 # These look at a result on the host: to check it, or to learn the shape of what they return.
 # Others carry a tag of PyTorch's own that says so.
@@ -52,27 +56,29 @@ INDEXING = frozenset({"index", "index_put", "index_put_", "_unsafe_index", "_uns
 def waits(method: Method, *, objectives: int = 3, parameters: int = 64) -> list[str]:
     """Return, a line each, what in the steps of ``method`` makes the host wait for the device.
 
-    For a ``host`` Weighting the framework makes one copy each way, which is not counted; the
-    Gramian is on the CPU, and whatever else the step holds on the device.
+    For a ``host`` Weighting the framework makes one copy each way, which is not counted. Its
+    Gramian and its memory are real and on the CPU; whatever else the step holds is on the device.
+    Backward passes are taken on trust: their gradients have the right shapes, no more.
     """
     device = torch.device("cuda", 0)
-    watch = _Watch()
+    setup = Setup(objectives, parameters, device, torch.float32)
+    fake, watch = FakeTensorMode(), _Watch()
+    host = isinstance(method, Weighting) and method.host
+
+    @contextlib.contextmanager
+    def watched() -> Iterator[None]:
+        with contextlib.nullcontext() if host else fake, _without_backward(), watch:
+            yield
+
     try:
-        with FakeTensorMode() as fake, watch:
-            setup = Setup(objectives, parameters, device, torch.float32)
+        with fake:
+            batch = _fake_batch(method, setup)
+        with watched():
             state = method.initial_state(setup)
         for index in INDICES:
-            with fake:
-                step = step_over(
-                    _fake_batch(method, setup),
-                    index=index,
-                    steps_per_epoch=STEPS_PER_EPOCH,
-                    state=state,
-                )
-            outside = isinstance(method, Weighting) and method.host
-            with contextlib.nullcontext() if outside else fake, torch.no_grad(), watch:
+            step = step_over(batch, index=index, steps_per_epoch=STEPS_PER_EPOCH, state=state)
+            with watched(), torch.no_grad():
                 _act(method, step)
-            with fake, torch.no_grad(), watch:
                 method.after_step(step)
             watch.found += _misplaced(step, device)
     except Exception as error:
@@ -117,6 +123,36 @@ def _fake_batch(method: Method, setup: Setup) -> Batch:
         sketch_gradients=empty(EXAMPLES, setup.parameters),
         heldout_gradients=empty(EXAMPLES, setup.parameters),
     )
+
+
+@contextlib.contextmanager
+def _without_backward() -> Iterator[None]:
+    """Give zeros for the gradients, for no backward pass runs without a real device."""
+
+    def backward(tensors: Tensor | Sequence[Tensor], *args: object, **kwargs: object) -> None:
+        for tensor in [tensors] if isinstance(tensors, Tensor) else tensors:
+            for leaf in _leaves(tensor.grad_fn):
+                leaf.grad = torch.zeros_like(leaf)
+
+    def grad(
+        outputs: object, inputs: Tensor | Sequence[Tensor], *args: object, **kwargs: object
+    ) -> tuple[Tensor, ...]:
+        several = [inputs] if isinstance(inputs, Tensor) else inputs
+        return tuple(torch.zeros_like(tensor) for tensor in several)
+
+    with mock.patch.multiple(torch.autograd, backward=backward, grad=grad):
+        yield
+
+
+def _leaves(root: Any) -> list[Tensor]:
+    """Return the parameters that a graph ends in."""
+    seen, ahead = set(), [root]
+    while ahead:
+        node = ahead.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            ahead += [before for before, _ in node.next_functions]
+    return [node.variable for node in seen if hasattr(node, "variable")]
 
 
 def _misplaced(step: Step, device: torch.device) -> Iterator[str]:
@@ -165,7 +201,9 @@ def _why_it_waits(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> s
 
 def _why_indexing_waits(args: tuple[Any, ...]) -> str | None:
     """Say why ``args`` (tensor, indices, values) make the host wait, or return None."""
-    masked = any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
+    masked = any(
+        index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
+    )
     filled = len(args) > 2 and args[2].device.type == "cpu"  # a number: becomes masked_fill_
     return "counts what a mask selects" if masked and not filled else None
 

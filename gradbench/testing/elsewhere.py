@@ -34,7 +34,7 @@ def call(
     Raises:
         RuntimeError: holding the traceback, if the call fails there.
     """
-    result, failure = _process().ask((function, args, kwargs))
+    result, failure = _process().ask(function, *args, **kwargs)
     if failure:
         raise RuntimeError(f"The call failed in the other process:\n{failure}")
     answer: Result = result
@@ -49,14 +49,17 @@ class _Process:
             stdout=subprocess.PIPE,
             env={**os.environ, "PYTHONHASHSEED": "random"},
         )
-        self.ask((_agree, (sys.path, torch.get_num_threads()), {}))
+        self.ask(torch.set_num_threads, torch.get_num_threads())  # sums have as many parts
 
-    def ask(self, question: tuple[Any, ...]) -> Any:
+    def ask(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, str]:
         assert self._child.stdin is not None
         assert self._child.stdout is not None
-        self._child.stdin.write(pickle.dumps(question))
+        question = pickle.dumps((function, args, kwargs))
+        # in a wrapping of its own, for the path must be known before it is opened
+        self._child.stdin.write(pickle.dumps((sys.path, question)))
         self._child.stdin.flush()
-        return pickle.load(self._child.stdout)
+        result, failure = pickle.load(self._child.stdout)
+        return result, failure
 
     def end(self) -> None:
         self._child.communicate()  # closes its input, at which it ends
@@ -69,19 +72,14 @@ def _process() -> _Process:
     return process
 
 
-def _agree(path: list[str], threads: int) -> None:
-    """Import from where the first process does; sum in as many parts."""
-    sys.path[:] = path
-    torch.set_num_threads(threads)
-
-
 def serve() -> None:
     """Answer the questions on the standard input until it ends; run in the other process."""
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a plug-in prints is no answer
     while sys.stdin.buffer.peek(1):
+        sys.path[:], question = pickle.load(sys.stdin.buffer)
         try:
-            function, args, kwargs = pickle.load(sys.stdin.buffer)
+            function, args, kwargs = pickle.loads(question)
             answer = (function(*args, **kwargs), "")
         except Exception:  # whatever a plug-in raised belongs in the other process's report
             answer = (None, traceback.format_exc())

@@ -18,7 +18,9 @@ def positions() -> Positions:
     """Return where the global generators of torch, numpy and Python stand."""
     return (
         str(torch.get_rng_state().tolist()),
-        str([str(part) if isinstance(part, np.ndarray) else part for part in np.random.get_state()]),
+        str(
+            [str(part) if isinstance(part, np.ndarray) else part for part in np.random.get_state()]
+        ),
         str(random.getstate()),
     )
 

@@ -57,12 +57,12 @@ class LinearLoop:
     ) -> Tensor:
         """Return the direction (P,) that the method makes of ``jacobian``.
 
-        That is (K, P), or (batches, K, P) for methods with several batches. ``losses`` (K,) are 1
+        That is (K, P), the same in every batch, or (batches, K, P). ``losses`` (K,) are 1
         unless given. The other two are gradients of primary examples, (m, P) each; a method that
         asks for what is not given raises MissingInputError, as in any loop.
         """
         method = self.surgery.method
-        rows = jacobian if jacobian.dim() == 3 else jacobian.expand(method.batches, -1, -1)
+        rows = jacobian.expand(method.batches, -1, -1)
         constants = torch.ones_like(rows[0, :, 0]) if losses is None else losses
         for head in self.heads:
             head.shift.grad = None
@@ -72,9 +72,7 @@ class LinearLoop:
                 for k, constant in enumerate(constants)
             ),
             sketch=None if sketch_gradients is None else self._closure(0, sketch_gradients),
-            heldout=None
-            if heldout_gradients is None
-            else lambda: self._heldout(heldout_gradients),
+            heldout=None if heldout_gradients is None else lambda: self._heldout(heldout_gradients),
         )
         return self.surgery.direction.clone()
 

@@ -8,6 +8,7 @@ import statistics
 import sys
 import time
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from gradbench.result import Cost
 from gradbench.step import Step
 
 NEVER = 2**62  # larger than any step
+COUNTS = ("forward_passes", "backward_passes", "examples")
 WARM_UP_STEPS = 5  # left out of step times: the first steps allocate and compile
 
 
@@ -70,6 +72,18 @@ class Costs:
     examples: int = 0
     steps: list[float] = field(default_factory=list)  # seconds
     started: float = field(default_factory=time.perf_counter)
+
+    def state(self) -> dict[str, Any]:
+        """Return plain values for a checkpoint."""
+        values = {name: getattr(self, name) for name in COUNTS}
+        return {**values, "steps": list(self.steps), "elapsed": time.perf_counter() - self.started}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on counting from a checkpoint."""
+        for name in COUNTS:
+            setattr(self, name, state[name])
+        self.steps = list(state["steps"])
+        self.started = time.perf_counter() - state["elapsed"]
 
     def summary(self, device: torch.device) -> Cost:
         """Return the record's ``cost`` up to now."""

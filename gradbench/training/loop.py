@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from gradbench import seeding
 from gradbench.errors import ContractError, NonFiniteLossError
-from gradbench.gradients import seed_generators, unmoved_statistics
-from gradbench.heldout import HeldOutExamples
-from gradbench.losses import ExampleLosses, Scored
-from gradbench.method import Method, Phase, Plan, Scalarization, Scale
-from gradbench.model import Model, has_batch_norm, statistics_for, training_mode
-from gradbench.settings import Architecture, Budget, Optimizer, Precision
+from gradbench.method import Phase, Plan, Scalarization
+from gradbench.model import Model, training_mode
 from gradbench.step import Step
-from gradbench.surgery import Closure, Surgery
+from gradbench.surgery import Surgery
 from gradbench.task import Objective, TrainingSplits
-from gradbench.training.batches import Batches, to_device
-from gradbench.training.evaluation import autocast, evaluate
+from gradbench.training.batch_norm import reestimate_statistics
+from gradbench.training.evaluation import evaluate
 from gradbench.training.ledger import Costs, Ledger, StepClock
 from gradbench.training.optimization import (
     clip_head,
@@ -29,62 +25,10 @@ from gradbench.training.optimization import (
     learning_rate,
     make_optimizer,
 )
+from gradbench.training.recipe import Epoch, Observer, Place, Recipe, Selection
+from gradbench.training.steps import Losses
 
-
-@dataclass(frozen=True)
-class Recipe:
-    """All that decides how a model is trained, beside its data."""
-
-    method: Method
-    method_name: str
-    scale: Scale
-    auxiliary_weight: float
-    optimizer: Optimizer
-    budget: Budget
-    architecture: Architecture
-    precision: Precision
-    seed: int
-
-
-@dataclass(frozen=True)
-class Epoch:
-    """What is known when an epoch has ended."""
-
-    phase: str
-    epoch: int  # of the phase, from 1
-    epochs: int  # of the phase, at most
-    step: int  # of the run
-    losses: dict[str, float]  # mean training loss by objective
-    diagnostics: dict[str, float]
-    validation: dict[str, float]
-    best: bool
-    steps_per_second: float
-
-
-@dataclass(frozen=True)
-class Selection:
-    """The state that was kept: the last one of its phase, or the best on validation."""
-
-    phase: str
-    epoch: int
-    step: int
-    value: float | None  # of the primary validation metric; None where nothing was measured
-
-
-class Observer(Protocol):
-    """Is told of every epoch."""
-
-    def epoch(self, epoch: Epoch) -> None:
-        """Take in one epoch."""
-
-
-@dataclass
-class Place:
-    """Where the run is, for whoever has to say where it failed."""
-
-    phase: str | None = None
-    step: int | None = None
-    objective: str | None = None
+Save = Callable[[dict[str, Any]], None]
 
 
 @dataclass(frozen=True)
@@ -97,7 +41,11 @@ class Sum(Scalarization):
 
 
 class Training:
-    """Trains a model on the training splits of a task pair; the model ends in its best state."""
+    """Trains a model on the training splits of a task pair; the model ends in its best state.
+
+    ``save`` gets a checkpoint after each epoch, of tensors and plain values; ``run`` goes on from
+    one.
+    """
 
     def __init__(
         self,
@@ -107,28 +55,18 @@ class Training:
         recipe: Recipe,
         device: torch.device,
         observer: Observer,
+        save: Save = lambda state: None,
     ) -> None:
-        self.model, self.objectives, self.splits = model, objectives, splits
-        self.recipe, self.device, self.observer = recipe, device, observer
+        self.model, self.objectives, self.validation = model, objectives, splits.validation
+        self.recipe, self.device, self.observer, self.save = recipe, device, observer, save
         self.costs, self.place = Costs(), Place()
         self.diagnostics: dict[str, float] = {}  # means over the epochs that have them
+        self.epochs_seen = 0
         self._epochs_of: dict[str, int] = {}
-        self._dtype = torch.float64 if recipe.precision == "fp64" else torch.float32
-        self._clock = StepClock(device)
-        self._normalises = has_batch_norm(model)
-        budget, seed = recipe.budget, recipe.seed
-        self._streams = [
-            Batches(objective, examples, k, seed, budget.batch_size)
-            for k, (objective, examples) in enumerate(
-                zip(objectives, (splits.train, *splits.auxiliaries), strict=True)
-            )
-        ]
-        self._meta = None
-        if splits.meta is not None:
-            self._meta = Batches(objectives[0], splits.meta, 0, seed, budget.batch_size)
+        self.losses = Losses(model, objectives, splits, recipe, device, self.costs, self.place)
 
-    def run(self) -> Selection:
-        """Run all phases.
+    def run(self, checkpoint: dict[str, Any] | None = None) -> Selection:
+        """Run all phases, or those that are left after a checkpoint.
 
         Raises:
             NonFiniteLossError: if a loss became NaN or infinite.
@@ -137,179 +75,52 @@ class Training:
         plan = Plan(
             len(self.objectives), budget.steps_per_epoch, budget.epochs, budget.fine_tune_epochs
         )
+        reached = -1 if checkpoint is None else self._restore(checkpoint)
         best: Selection | None = None
         start = 0
         for position, phase in enumerate(self.recipe.method.phases(plan)):
-            if phase.epochs:
-                best = self._run_phase(phase, position, start, best)
+            if phase.epochs and position >= reached:
+                under_way = PhaseRun(self, phase, position, start, best)
+                if checkpoint is not None and position == reached:
+                    under_way.load(checkpoint["phase"])
+                best = under_way.run()
             start += phase.epochs * budget.steps_per_epoch
         if best is None:
             raise ContractError("Expected a phase of at least one epoch, found none.")
         return best
 
-    def _run_phase(
-        self, phase: Phase, position: int, start: int, best: Selection | None
-    ) -> Selection:
-        """Train one phase; ``best`` is what the one before ended in, if it may be kept."""
-        self.place = Place(phase=phase.name)
-        surgery = self._surgery(phase, start)
-        heads = [self.model.own_head(k) for k in phase.objectives]
-        optimizer = make_optimizer(
-            self.recipe.optimizer,
-            [*self.model.shared.parameters(), *(p for head in heads for p in head.parameters())],
-        )
-        ledger = Ledger(len(phase.objectives), self.device)
-        keep = phase.select == "best"
-        best = best if keep else None
-        kept = self._snapshot()
-        since_best, steps = 0, self.recipe.budget.steps_per_epoch
-        for epoch in range(1, phase.epochs + 1):
-            training_mode(self.model, self.recipe.architecture.batch_norm)
-            self._clock.mark()
-            for i in range(steps):
-                in_phase = (epoch - 1) * steps + i
-                self._set_rate(optimizer, phase, in_phase, position > 0)
-                self._take_step(surgery, optimizer, heads, phase, start + in_phase)
-                has_gradients = not isinstance(surgery.method, Scalarization)
-                ledger.note(surgery.step, has_gradients)
-                self._clock.mark()
-            here = start + epoch * steps
-            selection, better = self._close_epoch(phase, epoch, here, ledger, best)
-            if better or not keep:
-                best, since_best, kept = selection, 0, self._snapshot()
-            else:
-                since_best += 1
-            if keep and since_best >= self.recipe.budget.patience:
-                break
-        self.model.load_state_dict(kept)
-        assert best is not None
-        return best if keep else Selection(best.phase, best.epoch, best.step, None)
-
-    def _surgery(self, phase: Phase, start: int) -> Surgery:
-        recipe = self.recipe
-        acts = 0 in phase.objectives and len(phase.objectives) > 1
-        surgery = Surgery(
-            recipe.method if acts else Sum(),
-            self.model.shared,
-            [self.model.own_head(k) for k in phase.objectives],
-            objectives=len(phase.objectives),
-            steps_per_epoch=recipe.budget.steps_per_epoch,
-            seed=recipe.seed,
-            scale=recipe.scale if acts else "paper",
-            name=recipe.method_name,
-        )
-        surgery.index = start
-        return surgery
-
-    def _set_rate(
-        self, optimizer: torch.optim.Optimizer, phase: Phase, step: int, fine_tuning: bool
-    ) -> None:
-        rate = learning_rate(
-            self.recipe.optimizer, self.recipe.budget, step, phase.epochs, fine_tuning
-        )
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-
-    def _take_step(
-        self,
-        surgery: Surgery,
-        optimizer: torch.optim.Optimizer,
-        heads: list[nn.Module],
-        phase: Phase,
-        index: int,
-    ) -> None:
-        self.place.step = index
-        optimizer.zero_grad()
-        surgery.backward(
-            *(
-                [self._closure(k, index, b, phase) for b in range(surgery.method.batches)]
-                for k in phase.objectives
-            ),
-            sketch=lambda samples: self._sketch_losses(samples, index),
-            heldout=None if self._meta is None else _HeldOutDraws(self, self._meta, index),
-        )
-        self.place.objective = None
-        clip_shared(surgery.direction, self.recipe.optimizer.clip)
-        for head in heads:
-            clip_head(head, self.recipe.optimizer.clip)
-        optimizer.step()
-        surgery.after_step()
-        self.costs.backward_passes += surgery.backward_passes
-        surgery.backward_passes = 0
-
-    def _closure(self, k: int, index: int, batch: int, phase: Phase) -> Closure:
-        """Return what computes the losses of objective ``k`` in one step, as often as asked."""
-        recipe, stream = self.recipe, self._streams[k]
-        position = index * recipe.method.batches + batch
-        made: list[Any] = []
-
-        def losses() -> ExampleLosses:
-            self.place.objective = self.objectives[k].name
-            if not made:
-                made.append(to_device(stream.at(position), self.device, self._dtype))
-                self.costs.examples += stream.size
-            dropout = seeding.derive(recipe.seed, "dropout", index, k, batch)
-            seed_generators(dropout, self.device)
-            with self._statistics(k, phase):
-                found = self._losses(k, made[0], self.model.head(k))
-            return found if k == 0 else _times(found, recipe.auxiliary_weight)
-
-        return losses
-
-    def _statistics(self, k: int, phase: Phase) -> AbstractContextManager[None]:
-        if not self._normalises:
-            return nullcontext()
-        policy = self.recipe.architecture.batch_norm
-        return statistics_for(self.model, policy, k, 0 in phase.objectives)
-
-    def _losses(self, k: int, batch: tuple[Any, Any], head: nn.Module) -> ExampleLosses:
-        self.costs.forward_passes += 1
-        inputs, target = batch
-        with autocast(self.device, self.recipe.precision):
-            return self.objectives[k].loss(head(self.model.backbone(inputs)), target)
-
-    def _sketch_losses(self, samples: int, index: int) -> ExampleLosses:
-        batch = self._streams[0].draw(samples, "sketch", index)
-        self.costs.examples += min(samples, len(self.splits.train))
-        moved = to_device(batch, self.device, self._dtype)
-        return self._losses(0, moved, self.model.head(0))
-
-    def _close_epoch(
-        self, phase: Phase, epoch: int, step: int, ledger: Ledger, best: Selection | None
-    ) -> tuple[Selection, bool]:
-        seconds = self._clock.close_epoch()
-        self.costs.steps += seconds
-        means, bad = ledger.close_epoch()
-        if bad is not None:
-            name = self.objectives[phase.objectives[bad[1]]].name
-            raise NonFiniteLossError(phase.name, bad[0], name)
-        primary = self.objectives[0]
-        found = evaluate(
-            self.model, primary, self.splits.validation, self.device, self.recipe.precision
-        )
-        value = next(iter(found.metrics.values()))
-        better = best is None or best.value is None or _beats(value, best.value, primary)
-        losses = {
-            self.objectives[k].name: means.pop(f"loss {position}")
-            for position, k in enumerate(phase.objectives)
+    def checkpoint(self, under_way: PhaseRun) -> dict[str, Any]:
+        """Return what a run needs to go on after an epoch."""
+        return {
+            "position": under_way.position,
+            "phase": under_way.state(),
+            "model": self.model.state_dict(),
+            "diagnostics": dict(self.diagnostics),
+            "epochs_of": dict(self._epochs_of),
+            "epochs_seen": self.epochs_seen,
+            "costs": self.costs.state(),
         }
-        self._keep_diagnostics(means)
-        self.observer.epoch(
-            Epoch(
-                phase=phase.name,
-                epoch=epoch,
-                epochs=phase.epochs,
-                step=step,
-                losses=losses,
-                diagnostics=means,
-                validation=found.metrics,
-                best=better and phase.select == "best",
-                steps_per_second=len(seconds) / sum(seconds),
-            )
-        )
-        return Selection(phase.name, epoch, step, value), better
 
-    def _keep_diagnostics(self, means: dict[str, float]) -> None:
+    def reestimate_statistics(self) -> None:
+        """Give batch norm the statistics of the primary's batches, which a phase never saw."""
+        if self.recipe.architecture.batch_norm != "frozen":
+            reestimate_statistics(
+                [self.model.backbone, self.model.head(0)],
+                (
+                    self.losses.closure(0, index, 0, with_primary=True)
+                    for index in range(self.recipe.budget.steps_per_epoch)
+                ),
+            )
+
+    def _restore(self, checkpoint: dict[str, Any]) -> int:
+        self.model.load_state_dict(checkpoint["model"])
+        self.diagnostics = dict(checkpoint["diagnostics"])
+        self._epochs_of = dict(checkpoint["epochs_of"])
+        self.epochs_seen = checkpoint["epochs_seen"]
+        self.costs.load(checkpoint["costs"])
+        return int(checkpoint["position"])
+
+    def keep_diagnostics(self, means: dict[str, float]) -> None:
         """Fold the means of one more epoch into those of the run."""
         for name, value in means.items():
             count = self._epochs_of.get(name, 0) + 1
@@ -317,44 +128,182 @@ class Training:
             before = self.diagnostics.get(name, 0.0)
             self.diagnostics[name] = before + (value - before) / count
 
-    def _snapshot(self) -> dict[str, Tensor]:
-        return {name: value.detach().clone() for name, value in self.model.state_dict().items()}
 
+class PhaseRun:
+    """One phase under way."""
 
-class _HeldOutDraws:
-    """Gives the two disjoint halves of the meta split that a step may look at."""
+    def __init__(
+        self, training: Training, phase: Phase, position: int, start: int, best: Selection | None
+    ) -> None:
+        """Set out from the model as it is; ``best`` is what the phase before ended in."""
+        self.training, self.phase, self.position, self.start = training, phase, position, start
+        training.place.phase, training.place.step = phase.name, None
+        self.epoch = self.since_best = 0
+        self.best = best if phase.select == "best" else None
+        self.kept = self._snapshot()
+        self.kept_is_current = True
+        model, recipe = training.model, training.recipe
+        self.heads = [model.own_head(k) for k in phase.objectives]
+        self.surgery = self._make_surgery()
+        self.optimizer = make_optimizer(
+            recipe.optimizer,
+            [*model.shared.parameters(), *(p for head in self.heads for p in head.parameters())],
+        )
+        self.ledger = Ledger(len(phase.objectives), training.device)
+        self.clock = StepClock(training.device)
 
-    def __init__(self, training: Training, meta: Batches, index: int) -> None:
-        self._training, self._meta, self._index = training, meta, index
-        self._calls = 0
+    def _make_surgery(self) -> Surgery:
+        recipe, objectives = self.training.recipe, self.phase.objectives
+        acts = 0 in objectives and len(objectives) > 1
+        surgery = Surgery(
+            recipe.method if acts else Sum(),
+            self.training.model.shared,
+            self.heads,
+            objectives=len(objectives),
+            steps_per_epoch=recipe.budget.steps_per_epoch,
+            seed=recipe.seed,
+            scale=recipe.scale if acts else "paper",
+            name=recipe.method_name,
+        )
+        surgery.index = self.start
+        return surgery
 
-    def __call__(self) -> HeldOutExamples:
-        if self._calls == 2:
-            raise ContractError("Expected at most two calls of step.heldout() in a step.")
-        training = self._training
-        batch = self._meta.half(self._calls, "heldout", self._index)
-        self._calls += 1
-        moved = to_device(batch, training.device, training._dtype)
+    def run(self) -> Selection:
+        """Train until the epochs or the patience end; the model is then in the state kept."""
+        training, phase = self.training, self.phase
+        while not self._over():
+            training_mode(training.model, training.recipe.architecture.batch_norm)
+            self.clock.mark()
+            for _ in range(training.recipe.budget.steps_per_epoch):
+                self._take_step()
+                self.clock.mark()
+            self.epoch += 1
+            self._close_epoch()
+            training.save(training.checkpoint(self))
+        training.model.load_state_dict(self.kept)
+        if 0 not in phase.objectives:
+            training.reestimate_statistics()
+        assert self.best is not None  # a phase has an epoch, and its first state is kept
+        if phase.select == "best":
+            return self.best
+        return dataclasses.replace(self.best, value=None)
 
-        def forward() -> Any:
-            with (
-                unmoved_statistics(training.model),
-                autocast(training.device, training.recipe.precision),
-            ):
-                return training.model.backbone(moved[0])
+    def state(self) -> dict[str, Any]:
+        """Return what this phase needs to go on after an epoch."""
+        return {
+            "epoch": self.epoch,
+            "since_best": self.since_best,
+            "best": None if self.best is None else dataclasses.asdict(self.best),
+            "kept": None if self.kept_is_current else self.kept,
+            "optimizer": self.optimizer.state_dict(),
+            "surgery": self.surgery.state_dict(),
+        }
 
-        return HeldOutExamples(
-            forward=forward,
-            loss=lambda features, head: training.objectives[0].loss(head(features), moved[1]),
-            new_head=training.model.new_primary_head,
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on after the epoch that ``state`` was made at; the model is as it was then."""
+        self.epoch, self.since_best = state["epoch"], state["since_best"]
+        self.best = None if state["best"] is None else Selection(**state["best"])
+        self.kept_is_current = state["kept"] is None
+        self.kept = self._snapshot() if self.kept_is_current else state["kept"]
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.surgery.load_state_dict(state["surgery"])
+
+    def _over(self) -> bool:
+        patient = self.phase.select == "last" or (
+            self.since_best < self.training.recipe.budget.patience
+        )
+        return self.epoch >= self.phase.epochs or not patient
+
+    def _take_step(self) -> None:
+        training, surgery, losses = self.training, self.surgery, self.training.losses
+        index = surgery.index
+        training.place.step = index
+        self._set_rate(index - self.start)
+        self.optimizer.zero_grad()
+        with_primary = 0 in self.phase.objectives
+        surgery.backward(
+            *(
+                [losses.closure(k, index, b, with_primary) for b in range(surgery.method.batches)]
+                for k in self.phase.objectives
+            ),
+            sketch=lambda samples: losses.sketch(samples, index),
+            heldout=losses.heldout(index),
+        )
+        training.place.objective = None
+        limit = training.recipe.optimizer.clip
+        clip_shared(surgery.direction, limit)
+        for head in self.heads:
+            clip_head(head, limit)
+        self.optimizer.step()
+        surgery.after_step()
+        training.costs.backward_passes += surgery.backward_passes
+        surgery.backward_passes = 0
+        self.ledger.note(surgery.step, not isinstance(surgery.method, Scalarization))
+
+    def _set_rate(self, step: int) -> None:
+        recipe = self.training.recipe
+        rate = learning_rate(
+            recipe.optimizer, recipe.budget, step, self.phase.epochs, self.position > 0
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+
+    def _close_epoch(self) -> None:
+        training, phase, recipe = self.training, self.phase, self.training.recipe
+        seconds = self.clock.close_epoch()
+        training.costs.steps += seconds
+        means, bad = self.ledger.close_epoch()
+        if bad is not None:
+            name = training.objectives[phase.objectives[bad[1]]].name
+            raise NonFiniteLossError(phase.name, bad[0], name)
+        primary = training.objectives[0]
+        found = evaluate(
+            training.model, primary, training.validation, training.device, recipe.precision
+        )
+        here = self.start + self.epoch * recipe.budget.steps_per_epoch
+        value = next(iter(found.metrics.values()))
+        better = self._select(Selection(phase.name, self.epoch, here, value), primary)
+        losses = {
+            training.objectives[k].name: means.pop(f"loss {row}")
+            for row, k in enumerate(phase.objectives)
+        }
+        training.keep_diagnostics(means)
+        training.epochs_seen += 1
+        training.observer.epoch(
+            Epoch(
+                phase=phase.name,
+                epoch=self.epoch,
+                epochs=phase.epochs,
+                step=here,
+                losses=losses,
+                diagnostics=means,
+                validation=found.metrics,
+                best=better and phase.select == "best",
+                steps_per_second=len(seconds) / sum(seconds),
+            )
         )
 
+    def _select(self, now: Selection, primary: Objective) -> bool:
+        """Keep the present state if it is to be kept; say whether it is."""
+        better = (
+            self.phase.select == "last"
+            or self.best is None
+            or self.best.value is None
+            or _beats(now.value, self.best.value, primary)
+        )
+        if better:
+            self.best, self.kept, self.since_best = now, self._snapshot(), 0
+        else:
+            self.since_best += 1
+        self.kept_is_current = better
+        return better
 
-def _beats(value: float, other: float, objective: Objective) -> bool:
+    def _snapshot(self) -> dict[str, Tensor]:
+        state = self.training.model.state_dict()
+        return {name: value.detach().clone() for name, value in state.items()}
+
+
+def _beats(value: float | None, other: float, objective: Objective) -> bool:
+    if value is None:
+        return False
     return value > other if objective.higher_is_better else value < other
-
-
-def _times(losses: ExampleLosses, weight: float) -> ExampleLosses:
-    if isinstance(losses, Scored):
-        return Scored(losses.losses * weight, losses.weight)
-    return losses * weight

@@ -10,7 +10,11 @@ from gradbench.testing import MakeMethod, MethodContract
 
 NAMES = [row.name for row in registry.listing(registry.METHODS)]
 
-load = functools.cache(lambda name: registry.load_class(registry.METHODS, name, Method).obj)
+
+@functools.cache
+def load(name: str) -> MakeMethod:
+    made: MakeMethod = registry.load_class(registry.METHODS, name, Method).obj
+    return made
 
 
 class TestInstalledMethods(MethodContract):

@@ -260,21 +260,21 @@ class TestBlocks:
     def test_are_in_the_order_in_which_forwards_start(self) -> None:
         trunk = Scrambled()
         flat = FlatGradients([p for p in trunk.parameters() if p.requires_grad])
-        probe = BlockProbe(trunk, flat)
+        probe = BlockProbe(trunk)
         for _ in range(2):
             trunk(torch.ones(2, 3))
         where = slices_by_name(trunk)
         names = ["", "first", "last", "norm", "never"]
-        assert probe.blocks().slices == tuple(where[name] for name in names)
-        assert probe.blocks().last_weight == names.index("last")
+        assert probe.blocks(flat).slices == tuple(where[name] for name in names)
+        assert probe.blocks(flat).last_weight == names.index("last")
 
     def test_cover_all_parameters_once(self) -> None:
         trunk = timm.create_model("test_vit", num_classes=0, img_size=32)
         flat = FlatGradients(list(trunk.parameters()))
-        probe = BlockProbe(trunk, flat)
+        probe = BlockProbe(trunk)
         trunk(torch.zeros(1, 3, 32, 32))
         covered = torch.zeros(flat.size, dtype=torch.int64)
-        for block in probe.blocks().slices:
+        for block in probe.blocks(flat).slices:
             covered[block] += 1
         equal(covered, torch.ones_like(covered))
 
@@ -282,17 +282,17 @@ class TestBlocks:
         trunk = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
         trunk[1].weight = trunk[0].weight
         flat = FlatGradients(list(trunk.parameters()))
-        probe = BlockProbe(trunk, flat)
+        probe = BlockProbe(trunk)
         trunk(torch.ones(1, 3))
-        assert probe.blocks().slices == (slice(0, 12), slice(12, 15))
+        assert probe.blocks(flat).slices == (slice(0, 12), slice(12, 15))
 
     def test_last_weight_is_one_that_is_trained(self) -> None:
         trunk = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
         trunk[1].weight.requires_grad_(False)
         flat = FlatGradients([p for p in trunk.parameters() if p.requires_grad])
-        probe = BlockProbe(trunk, flat)
+        probe = BlockProbe(trunk)
         trunk(torch.ones(1, 3))
-        assert probe.blocks().last_weight == 0
+        assert probe.blocks(flat).last_weight == 0
 
     def test_without_any_weight_matrix_the_last_called_is_taken(self) -> None:
         trunk = Scrambled().requires_grad_(False)
@@ -300,33 +300,34 @@ class TestBlocks:
             module.requires_grad_(True)
         trunk.never.weight.requires_grad_(False)
         flat = FlatGradients([p for p in trunk.parameters() if p.requires_grad])
-        probe = BlockProbe(trunk, flat)
+        probe = BlockProbe(trunk)
         trunk(torch.ones(2, 3))
         where = slices_by_name(trunk)
-        assert probe.blocks().slices == (where["norm"], where["never"])
-        assert probe.blocks().last_weight == 0
+        assert probe.blocks(flat).slices == (where["norm"], where["never"])
+        assert probe.blocks(flat).last_weight == 0
 
     def test_need_a_forward(self) -> None:
         trunk = Scrambled()
         flat = FlatGradients([p for p in trunk.parameters() if p.requires_grad])
         with pytest.raises(ContractError, match="one forward of the trunk"):
-            BlockProbe(trunk, flat).blocks()
+            BlockProbe(trunk).blocks(flat)
 
     def test_watching_ends_with_the_first_forward(self) -> None:
         trunk = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
-        BlockProbe(trunk, FlatGradients(list(trunk.parameters())))
+        BlockProbe(trunk)
         trunk(torch.ones(1, 3))
         assert not any(module._forward_pre_hooks for module in trunk.modules())
 
     def test_a_watched_trunk_can_be_copied(self) -> None:
         trunk = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
-        probe = BlockProbe(trunk, FlatGradients(list(trunk.parameters())))
+        flat = FlatGradients(list(trunk.parameters()))
+        probe = BlockProbe(trunk)
         copied = copy.deepcopy(trunk)
         copied(torch.ones(1, 3))
         with pytest.raises(ContractError, match="one forward of the trunk"):
-            probe.blocks()
+            probe.blocks(flat)
         trunk(torch.ones(1, 3))
-        assert probe.blocks().slices == (slice(0, 12), slice(12, 24))
+        assert probe.blocks(flat).slices == (slice(0, 12), slice(12, 24))
 
 
 def plain_norm() -> nn.Module:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import copy
 import functools
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -25,7 +25,16 @@ from gradbench.errors import (
 from gradbench.gradients import FlatGradients
 from gradbench.heldout import HeldOutExamples
 from gradbench.losses import Scored
-from gradbench.method import Aggregation, Branching, Scalarization, Setup, State, Weighting, Weights
+from gradbench.method import (
+    Aggregation,
+    Branching,
+    Scalarization,
+    Scale,
+    Setup,
+    State,
+    Weighting,
+    Weights,
+)
 from gradbench.step import Step
 from gradbench.surgery import Surgery
 
@@ -143,7 +152,7 @@ def bench(name: str, dtype: torch.dtype = torch.float32, *, channels_last: bool 
         trunk: nn.Module = conv_net()
         width = 8
     else:
-        size = {"img_size": 32} if "vit" in name else {}
+        size: dict[str, Any] = {"img_size": 32} if "vit" in name else {}
         trunk = timm.create_model(name, num_classes=0, **size)
         width = trunk.num_features  # type: ignore[assignment]
     inputs = [torch.randn(4, 3, 32, 32, dtype=dtype) for _ in range(2)]
@@ -335,7 +344,7 @@ class TestRows:
             equal(parameter.grad, grad)
 
 
-def adamw(**options: bool) -> Callable[[list[nn.Parameter]], torch.optim.Optimizer]:
+def adamw(**options: Any) -> Callable[[list[nn.Parameter]], torch.optim.Optimizer]:
     return lambda parameters: torch.optim.AdamW(parameters, lr=1e-2, **options)
 
 
@@ -365,12 +374,12 @@ class TestOptimizers:
         for _ in range(5):
             for each in makers:
                 each.zero_grad()
-            (stock.losses(0).mean() + stock.losses(1).mean()).backward()
+            torch.autograd.backward(stock.losses(0).mean() + stock.losses(1).mean())
             surgery.backward(*ours.closures())
             for made, each in zip((stock, ours), makers, strict=True):
                 if optimizer == "sgd":
-                    norm = nn.utils.clip_grad_norm_(made.trunk.parameters(), 0.1)
-                    assert float(norm) > 0.1  # so that clipping does something
+                    norm = nn.utils.clip_grad_norm_(made.trunk.parameters(), 0.01)
+                    assert float(norm) > 0.01  # so that clipping does something
                 each.step()
             surgery.after_step()
         assert any(not p.is_contiguous() for p in ours.trunk.parameters())
@@ -389,8 +398,8 @@ class TestOptimizers:
         for _ in range(3):
             for each in makers:
                 each.zero_grad(set_to_none=to_none)
-            (stock.losses(0).mean() + stock.losses(1).mean()).backward()
-            surgery.backward(*ours.both() if False else ours.closures())
+            torch.autograd.backward(stock.losses(0).mean() + stock.losses(1).mean())
+            surgery.backward(*ours.closures())
             for each in makers:
                 each.step()
         for found, expected in zip(ours.parameters(), stock.parameters(), strict=True):
@@ -607,7 +616,7 @@ class TestScale:
         surgery = Surgery(method, made.trunk, made.heads, scale="sum")
         surgery.backward(*made.closures())
         close(
-            surgery.direction, sum(flat(made.trunk, made.losses(k)) for k in range(2)) + 0.0
+            surgery.direction, flat(made.trunk, made.losses(0)) + flat(made.trunk, made.losses(1))
         )
         expected = autograd_rows(made.heads[1], [made.losses(1)])[0]
         for parameter, grad in zip(made.heads[1].parameters(), expected, strict=True):
@@ -618,14 +627,18 @@ class TestScale:
         made = small_bench()
         surgery = Surgery(method, made.trunk, made.heads)
         surgery.backward(*made.closures())
-        close(2 * surgery.direction, flat(made.trunk, made.losses(0)) + flat(made.trunk, made.losses(1)))
+        close(
+            2 * surgery.direction,
+            flat(made.trunk, made.losses(0)) + flat(made.trunk, made.losses(1)),
+        )
 
     def test_sum_of_a_unit_vector_has_the_length_of_the_sum(self) -> None:
         made = small_bench()
         rows = [flat(made.trunk, made.losses(k)) for k in range(2)]
         lengths = {}
-        for scale in ("paper", "sum"):
-            surgery = Surgery(Unit(), made.trunk, scale=scale)  # type: ignore[arg-type]
+        scales: tuple[Scale, ...] = ("paper", "sum")
+        for scale in scales:
+            surgery = Surgery(Unit(), made.trunk, scale=scale)
             surgery.backward(*made.closures())
             lengths[scale] = surgery.direction.norm()
             close(surgery.direction / lengths[scale], rows[0] / rows[0].norm())
@@ -862,7 +875,7 @@ class TestSketch:
         def by_keyword(samples: int, *, extra: int = 0) -> Tensor:
             return Source().method(samples)
 
-        sources = [
+        sources: list[Callable[[int], Tensor]] = [
             Source().method,
             by_keyword,
             functools.partial(by_keyword, extra=1),
@@ -911,9 +924,7 @@ class TestHvp:
         total = weights[0] * made.losses(0).mean() + weights[1] * made.losses(1).mean()
         grads = torch.autograd.grad(total, parameters, create_graph=True)
         rows = [
-            torch.cat(
-                [g.flatten() for g in torch.autograd.grad(entry, parameters, None, True)]
-            )
+            torch.cat([g.flatten() for g in torch.autograd.grad(entry, parameters, None, True)])
             for entry in torch.cat([grad.flatten() for grad in grads])
         ]
         method = Asking(lambda step: step.hvp(vector, weights))
@@ -931,6 +942,17 @@ class TestHvp:
         expected = autograd_rows(made.heads[0], [made.losses(0)])[0]
         for parameter, grad in zip(made.heads[0].parameters(), expected, strict=True):
             equal(parameter.grad, grad)
+
+    def test_weighs_exactly_under_autocast(self) -> None:
+        trunk = nn.ParameterList([torch.tensor([1.0, 2.0])])  # no product in lower precision
+        vector, weights = torch.tensor([1.0, -1.0]), torch.tensor([1 / 3, 2 / 3])
+        method = Asking(lambda step: step.hvp(vector, weights))
+        surgery = Surgery(method, trunk)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            surgery.backward(lambda: trunk[0].pow(3), lambda: trunk[0].pow(2))
+        theta = trunk[0].detach()  # the Hessian is diagonal
+        expected = (weights[0] * 3 * theta + weights[1]) * vector
+        torch.testing.assert_close(method.answers[0], expected)
 
 
 class TestReevaluate:
@@ -1093,7 +1115,9 @@ class TestHeldOut:
 
     def test_runs_under_the_loops_autocast(self) -> None:
         made = bench("conv")
-        method = Asking(lambda step: (step.heldout().features, step.heldout().gradient(made.heads[0])))
+        method = Asking(
+            lambda step: (step.heldout().features, step.heldout().gradient(made.heads[0]))
+        )
         with torch.autocast("cpu", dtype=torch.bfloat16):
             Surgery(method, made.trunk).backward(*made.closures(), heldout=lambda: held_out(made))
         assert method.answers[0][0].dtype == torch.bfloat16
@@ -1136,7 +1160,7 @@ class TestLibrary:
             )
             optimizer.step()
             surgery.after_step()
-            history.append([float(primary.mean()), float(auxiliary.mean())])
+            history.append(surgery.step.losses.tolist())
         assert history[-1][0] < 0.3 * history[0][0]
         assert history[-1][1] < 0.9 * history[0][1]
 
@@ -1279,7 +1303,7 @@ class TestErrors:
             Surgery(Total(), small_bench().trunk).backward()
 
     def test_an_unknown_field_is_met_with_the_nearest(self) -> None:
-        with pytest.raises(UnknownKeyError, match="Did you mean 'attittud.rank'"):
+        with pytest.raises(UnknownKeyError, match=r"Did you mean 'attittud\.rank'"):
             Surgery("attittud", small_bench().trunk, rnak=3)
 
     def test_a_field_outside_its_range_is_refused(self) -> None:
