@@ -44,6 +44,7 @@ class Request:
     precision: str = "fp32"
     memory_format: str = "auto"
     allow_environment_change: bool = False
+    tracking_uri: str | None = None
     settings: Mapping[str, object] = field(default_factory=dict)
 
 
@@ -65,7 +66,11 @@ class RunConfig:
     seed: int
 
     def identity(
-        self, source: Source, data_digest: str, weights_digest: str | None
+        self,
+        source: Source,
+        data_digest: str,
+        weights_digest: str | None,
+        files_digest: str | None = None,
     ) -> dict[str, Any]:
         """Return what a result depends on, as JSON values."""
         model = dataclasses.asdict(self.architecture)
@@ -80,6 +85,7 @@ class RunConfig:
                 "sizes": dict(self.preset.sizes),
                 "source": source,
                 "data_digest": data_digest,
+                "files_digest": files_digest,
                 "fields": identity_of(self.task),
             },
             "method": {

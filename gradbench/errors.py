@@ -82,6 +82,10 @@ class HomeError(GradBenchError, OSError):
     """The folder that holds the runs can not be written."""
 
 
+class TrackingError(GradBenchError):
+    """The tracking store can not be reached or written."""
+
+
 class EnvironmentChangedError(GradBenchError):
     """A run would go on in an environment that can not repeat its bits."""
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from gradbench.config import RunConfig
+from gradbench.display import Display
 from gradbench.errors import (
     GradBenchError,
     NonFiniteLossError,
@@ -33,14 +35,14 @@ from gradbench.result import (
     Status,
 )
 from gradbench.task import Objective, Splits
+from gradbench.tracking import mirror_or_warn
 from gradbench.training.checkpoint import Checkpoints
 from gradbench.training.evaluation import evaluate
 from gradbench.training.loop import Training
 from gradbench.training.recipe import Epoch, Place, Recipe
 
+MIRROR_EVERY = 60  # seconds between two looks that the tracking store gets at a run under way
 LITTLE_ENERGY = 0.1  # below it the basis says little about the primary gradient
-
-Say = Callable[[str], None]
 
 
 class Execution:
@@ -59,11 +61,13 @@ class Execution:
         folder: RunFolder,
         draft: RunResult,
         checkpoint: dict[str, Any] | None,
-        say: Say,
+        tracking_uri: str,
+        display: Display,
     ) -> None:
         self.config, self.objectives, self.splits = config, objectives, splits
         self.model, self.device, self.folder, self.draft = model, device, folder, draft
-        self._checkpoint, self._shown = checkpoint, say
+        self._checkpoint, self._display = checkpoint, display
+        self._tracking_uri, self._mirrored = tracking_uri, time.monotonic()
         self._checkpoints = Checkpoints(folder.checkpoints)
         recipe = Recipe(
             method=config.method,
@@ -106,6 +110,8 @@ class Execution:
         self.folder.write(result)
         if status == "ok":
             self._checkpoints.remove()
+        if status != "interrupted":
+            mirror_or_warn(self.folder, self._tracking_uri, self._say)
         return result, error
 
     def _train_and_test(self) -> dict[str, Any]:
@@ -117,7 +123,16 @@ class Execution:
             self.folder.keep_epochs(self._checkpoint["training"]["epochs_seen"])
             selection = self.training.run(self._checkpoint["training"])
         evaluations = {
-            name: evaluate(self.model, primary, examples, self.device, config.precision)
+            name: evaluate(
+                self.model,
+                primary,
+                examples,
+                self.device,
+                config.precision,
+                name,
+                phase=selection.phase,
+                step=selection.step - 1,
+            )
             for name, examples in (
                 ("validation", self.splits.validation),
                 ("test", self.splits.test),
@@ -152,6 +167,18 @@ class Execution:
             f"loss {losses}   validation {metric} {value:.3f}{' *' if epoch.best else '  '} "
             f"{epoch.steps_per_second:6.1f} steps/s"
         )
+        self._display.epoch(epoch, metric)
+        if time.monotonic() - self._mirrored > MIRROR_EVERY:
+            mirror_or_warn(self.folder, self._tracking_uri, self._say)
+            self._mirrored = time.monotonic()
+
+    def plan(self, steps: int, done: int) -> None:
+        """Pass on how many steps there are at most, and how many an earlier attempt made."""
+        self._display.plan(steps, done)
+
+    def step(self, phase: str) -> None:
+        """Pass on that a step was made."""
+        self._display.step(phase)
 
     def _save(self, state: dict[str, Any]) -> None:
         self._checkpoints.save({"training": state, "environment": self.draft.environment})
@@ -163,6 +190,8 @@ class Execution:
         shared = sum(p.numel() for p in self.model.shared.parameters())
         self._say(f"{config.method_plugin.name} on {config.task_plugin.name}, seed {config.seed}")
         self._say(f"  data   {self.draft.task.source}: {', '.join(parts)}")
+        for note in self.splits.notes:
+            self._say(f"  split  {note}")
         self._say(
             f"  model  {config.architecture.backbone}, {shared / 1e6:.2f} M shared parameters, "
             f"{self.device}, {torch.get_num_threads()} threads"
@@ -183,7 +212,7 @@ class Execution:
     def _say(self, line: str) -> None:
         with self.folder.log.open("a", encoding="utf-8") as log:
             log.write(f"{now()} {line}\n")
-        self._shown(line)
+        self._display.say(line)
 
 
 def now() -> str:

@@ -10,7 +10,7 @@ The command line, the tuning space and the recorded parameters are all read from
 from __future__ import annotations
 
 import dataclasses
-import functools
+import inspect
 import math
 import types
 import typing
@@ -21,6 +21,7 @@ from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origi
 from gradbench.errors import FieldError, PluginError, UnknownKeyError
 
 MAX_RANKED_DIMENSIONS = 3  # protocol GB-1, rule 2
+EXACT = 2**53  # up to here a float64 can hold every integer
 
 
 @dataclass(frozen=True)
@@ -138,16 +139,27 @@ class Field:
         return self.valid is None or value is None or value in self.valid
 
 
-@functools.cache
 def fields_of(cls: type) -> Mapping[str, Field]:
     """Return the fields of a dataclass by name, in the order of definition.
 
     Raises:
-        PluginError: if the class is no dataclass or a field has no default.
+        PluginError: if the class is no frozen dataclass or a field has no default.
     """
-    if not dataclasses.is_dataclass(cls):
-        raise PluginError(f"Expected {cls.__qualname__} to be a frozen dataclass; decorate it.")
+    if cls not in _known:
+        _known[cls] = types.MappingProxyType(_read(cls))
+    return _known[cls]
+
+
+_known: dict[type, Mapping[str, Field]] = {}
+
+
+def _read(cls: type) -> dict[str, Field]:
     hints = typing.get_type_hints(cls, include_extras=True)
+    if not _is_frozen_dataclass(cls, hints):
+        raise PluginError(
+            f"Expected {cls.__qualname__} to be a frozen dataclass; "
+            "decorate it with @dataclass(frozen=True)."
+        )
     found: dict[str, Field] = {}
     for field in dataclasses.fields(cls):
         hint = hints[field.name]
@@ -167,7 +179,16 @@ def fields_of(cls: type) -> Mapping[str, Field]:
             help=next((mark for mark in marks if isinstance(mark, str)), ""),
             is_location=any(isinstance(mark, Location) for mark in marks),
         )
-    return types.MappingProxyType(found)
+    return found
+
+
+def _is_frozen_dataclass(cls: type, hints: Mapping[str, Any]) -> bool:
+    if not dataclasses.is_dataclass(cls):
+        return False
+    frozen: bool = cls.__dataclass_params__.frozen  # type: ignore[attr-defined]
+    decorated = "__dataclass_fields__" in vars(cls)
+    own = [name for name in inspect.get_annotations(cls) if get_origin(hints[name]) is not ClassVar]
+    return frozen and (decorated or not own)  # else its own fields would go unseen
 
 
 def convert_all(cls: type, values: Mapping[str, object], owner: str) -> dict[str, Any]:
@@ -217,6 +238,7 @@ def check_definition(cls: type) -> None:
             field.convert(field.default, cls.__qualname__)
             for option in field.search.options() if field.search else ():
                 field.convert(option, f"{cls.__qualname__} (search range)")
+            _check_range(field)
         for choice in joint.values():
             for option in choice.options():
                 convert_all(cls, typing.cast("Mapping[str, object]", option), cls.__qualname__)
@@ -228,6 +250,18 @@ def check_definition(cls: type) -> None:
             f"Expected at most {MAX_RANKED_DIMENSIONS} search dimensions in {cls.__qualname__}, "
             f"found {dimensions}; remove a search range or join fields in joint_search."
         )
+
+
+def _check_range(field: Field) -> None:
+    search = field.search
+    if not isinstance(search, Uniform):
+        return
+    if float not in _options(field.type) and not isinstance(search, IntUniform):
+        raise FieldError(f"Expected {field.name} to be drawn by IntUniform, found {search}.")
+    if isinstance(search, LogUniform) and search.low <= 0:
+        raise FieldError(f"Expected {field.name} to be drawn from above 0, found {search}.")
+    if search.low > search.high:
+        raise FieldError(f"Expected {field.name} to be drawn from low to high, found {search}.")
 
 
 _REFUSED = object()
@@ -266,8 +300,21 @@ def _convert(option: Any, value: object) -> Any:
         )
     except ValueError:
         return _REFUSED
-    if not isinstance(number, (int, float)) or not math.isfinite(number):
+    if not isinstance(number, (int, float)):
         return _REFUSED
-    if option is float:
-        return float(number)
-    return int(number) if number == int(number) else _REFUSED
+    return _as_float(number) if option is float else _as_integer(number)
+
+
+def _as_float(number: float) -> Any:
+    try:
+        converted = float(number)
+    except OverflowError:
+        return _REFUSED
+    return converted if math.isfinite(converted) else _REFUSED
+
+
+def _as_integer(number: float) -> Any:
+    if isinstance(number, int):
+        return int(number)
+    exact = number.is_integer() and abs(number) < EXACT  # beyond it text may have been rounded
+    return int(number) if exact else _REFUSED

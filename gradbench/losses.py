@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from gradbench.errors import ContractError
@@ -20,10 +21,10 @@ ExampleLosses = Tensor | Scored
 
 
 def per_example(losses: ExampleLosses) -> Tensor:
-    """Return the losses (B,), zero where there is nothing to score.
+    """Return the losses (B,), zero where there is nothing to score, in float32 at least.
 
     Raises:
-        ContractError: if they are no floating-point vector.
+        ContractError: if they are no floating-point vector, or their weights are of another shape.
     """
     values = losses.losses if isinstance(losses, Scored) else losses
     if not isinstance(values, Tensor) or not values.is_floating_point() or values.dim() != 1:
@@ -32,7 +33,17 @@ def per_example(losses: ExampleLosses) -> Tensor:
             f"Expected losses an example, a floating-point tensor (B,), found {found!r}; "
             "use reduction='none' and average over all but the first dimension."
         )
-    return values * losses.weight.to(values.dtype) if isinstance(losses, Scored) else values
+    if values.dtype in (torch.bfloat16, torch.float16):
+        values = values.float()  # a sum over a batch needs more digits than these have
+    if not isinstance(losses, Scored):
+        return values
+    if losses.weight.shape != values.shape:
+        raise ContractError(
+            f"Expected a weight an example, a tensor of shape {tuple(values.shape)}, "
+            f"found one of shape {tuple(losses.weight.shape)}."
+        )
+    weight = losses.weight.to(values.dtype)
+    return torch.where(weight > 0, values, 0.0) * weight  # what is not scored may be NaN
 
 
 def mean_loss(losses: ExampleLosses) -> Tensor:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -23,7 +24,7 @@ class Features(NamedTuple):
     """What a backbone returns."""
 
     pooled: Tensor  # (B, width)
-    tokens: Tensor  # (B, T, width), one a position
+    tokens: Tensor  # (B, T, C), one a position; C is below the width where a layer follows pooling
 
 
 class LinearHead(nn.Module):
@@ -51,7 +52,9 @@ class Model(nn.Module):
         self, backbone: nn.Module, objectives: Sequence[Objective], width: int, dropout: float
     ) -> None:
         super().__init__()
-        self._new_primary_head = lambda: objectives[0].head(width, dropout)
+        self._new_primary_head: Callable[[], nn.Module] = functools.partial(
+            objectives[0].head, width, dropout
+        )
         names = [objective.head_name or f"own {k}" for k, objective in enumerate(objectives)]
         keys = {name: f"head{position}" for position, name in enumerate(dict.fromkeys(names))}
         self._head_of = [keys[name] for name in names]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from filelock import FileLock, Timeout
 from gradbench.build import Built, build
 from gradbench.config import DATA, Request, RunConfig, resolve, run_id, with_shortcuts
 from gradbench.data.store import locate
+from gradbench.display import Display
 from gradbench.environment import fingerprint, resolve_device
 from gradbench.errors import (
     ContractError,
@@ -20,7 +21,7 @@ from gradbench.errors import (
     HomeError,
     PluginError,
 )
-from gradbench.execution import Execution, Say, now
+from gradbench.execution import Execution, now
 from gradbench.files import make_folder
 from gradbench.method import Branching, kind_of
 from gradbench.result import (
@@ -38,6 +39,7 @@ from gradbench.result import (
     runs_folder,
 )
 from gradbench.task import Objective, Source, Splits
+from gradbench.tracking import store_uri
 from gradbench.training.checkpoint import Checkpoints
 
 
@@ -64,7 +66,8 @@ def run(
     precision: str = "fp32",
     settings: Mapping[str, object] | None = None,
     allow_environment_change: bool = False,
-    say: Say | None = None,
+    tracking_uri: str | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> RunResult:
     """Train one method on one task pair, and return the record.
 
@@ -86,15 +89,16 @@ def run(
             precision=precision,
             settings=with_shortcuts(settings or {}, shortcuts),
             allow_environment_change=allow_environment_change,
+            tracking_uri=tracking_uri,
         ),
-        say or (lambda line: None),
+        Display(say or (lambda line: None)),
     )
     if outcome.error is not None:
         raise outcome.error
     return outcome.result
 
 
-def execute(request: Request, say: Say) -> Outcome:
+def execute(request: Request, display: Display) -> Outcome:
     """Make the run that is asked for, or find it made.
 
     Raises:
@@ -108,9 +112,9 @@ def execute(request: Request, say: Say) -> Outcome:
         )
     device, warning = resolve_device(request.device)
     if warning is not None:
-        say(f"warning: {warning}")
+        display.say(f"warning: {warning}")
     wanted = DATA.convert(request.data)
-    source, data = locate(config.task, config.task_plugin.name, wanted, say)
+    source, data = locate(config.task, config.task_plugin.name, wanted, display.say)
     splits = config.task.splits(source, data, config.preset, config.seed)
     if config.method.needs_meta:
         splits = splits.with_meta(config.seed)
@@ -130,7 +134,9 @@ def execute(request: Request, say: Say) -> Outcome:
         device=device,
         memory_format=request.memory_format,
     )
-    identity = config.identity(source, splits.data_digest, built.weights_digest)
+    identity = config.identity(
+        source, splits.data_digest, built.weights_digest, splits.files_digest
+    )
     root = runs_folder()
     make_folder(root)
     folder = RunFolder(root / run_id(identity))
@@ -140,7 +146,7 @@ def execute(request: Request, say: Say) -> Outcome:
         if found is not None and found.status == "ok":
             return Outcome(found, folder, repeated=True, error=None)
         environment = fingerprint(device, built.channels_last)
-        checkpoint = Checkpoints(folder.checkpoints).load(device, say)
+        checkpoint = Checkpoints(folder.checkpoints).load(device, display.say)
         if checkpoint is not None:
             changes = _changes(checkpoint["environment"], environment)
             if changes and not request.allow_environment_change:
@@ -161,7 +167,16 @@ def execute(request: Request, say: Say) -> Outcome:
         folder.write_config({"identity": identity, "execution": execution})
         folder.write(draft)  # says "interrupted" until the run says otherwise
         result, error = Execution(
-            config, objectives, splits, built.model, device, folder, draft, checkpoint, say
+            config,
+            objectives,
+            splits,
+            built.model,
+            device,
+            folder,
+            draft,
+            checkpoint,
+            store_uri(request.tracking_uri),
+            display,
         ).run()
         return Outcome(result, folder, repeated=False, error=error)
 

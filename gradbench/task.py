@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
@@ -89,6 +89,10 @@ class Splits:
     ``train``, ``validation`` and ``test`` hold examples of the primary, ``auxiliaries`` one
     training set an auxiliary objective. ``meta`` is taken out of ``train`` for the methods that
     need held-out examples in training.
+
+    ``data_digest`` is of the data set, the same for every seed. Where test files may not be opened
+    before training has ended, it is of names and labels, and ``files_digest`` of the bytes of the
+    others, which differ from seed to seed. ``notes`` say what was chosen, a line each.
     """
 
     train: ExampleSet
@@ -97,6 +101,8 @@ class Splits:
     auxiliaries: tuple[ExampleSet, ...]
     data_digest: str
     meta: ExampleSet | None = None
+    files_digest: str | None = None
+    notes: tuple[str, ...] = ()
 
     def sizes(self) -> dict[str, int]:
         """Return the number of primary examples a split."""
@@ -259,6 +265,11 @@ class TaskPair(Checked, ABC):
         LogUniform(0.01, 3.0),
         "multiplies every auxiliary loss before the method sees it",
     ] = 1.0
+
+    @classmethod
+    def example(cls, folder: Path) -> Self:
+        """Return the pair as it is tested; one that needs a user's files writes some first."""
+        return cls()
 
     @property
     @abstractmethod

@@ -8,7 +8,7 @@ import traceback
 import typer
 from typer.exceptions import TyperException
 
-from gradbench.cli import listings, runs
+from gradbench.cli import listings, runs, tracked
 from gradbench.errors import GradBenchError
 from gradbench.registry import foreign_distribution
 
@@ -28,6 +28,8 @@ app.command("methods")(listings.methods)
 app.command("tasks")(listings.tasks)
 app.command("backbones")(listings.backbones)
 app.command("info")(listings.info)
+app.command("sync")(tracked.sync)
+app.command("ui")(tracked.ui)
 
 
 def main(arguments: list[str] | None = None) -> None:

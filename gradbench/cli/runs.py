@@ -48,6 +48,10 @@ def run(
             "--allow-environment-change", help="Go on with a run that began in another environment."
         ),
     ] = False,
+    tracking_uri: Annotated[
+        str | None,
+        typer.Option(help="An MLflow store, or none. Default: mlflow.db in $GRADBENCH_HOME."),
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the record as JSON on stdout, nothing else.")
     ] = False,
@@ -56,6 +60,7 @@ def run(
     """Train a method on a task pair, test it once, keep the record."""
     given = _parse(settings or [])
     from gradbench.config import Request, with_shortcuts
+    from gradbench.display import display
     from gradbench.runner import execute
 
     shortcuts = {"model.backbone": backbone, "budget.epochs": epochs, "model.batch_norm": bn}
@@ -70,9 +75,11 @@ def run(
         precision=precision,
         memory_format=memory_format,
         allow_environment_change=allow_environment_change,
+        tracking_uri=tracking_uri,
         settings=with_shortcuts(given, shortcuts),
     )
-    outcome = execute(request, lambda line: print(line, file=sys.stderr, flush=True))
+    with display() as shown:
+        outcome = execute(request, shown)
     if as_json:
         print(json.dumps(outcome.result.as_json(), allow_nan=False))
     if outcome.error is not None:

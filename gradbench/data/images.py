@@ -137,10 +137,10 @@ def image_tree(folder: Path) -> tuple[tuple[str, ...], tuple[Path, ...], Indices
     return classes, paths, np.repeat(np.arange(len(classes)), counts)
 
 
-def listed(items: Sequence[str], limit: int = NAMED) -> str:
+def listed(items: Sequence[str], limit: int = NAMED, separator: str = ", ") -> str:
     """Return the items after each other; those beyond ``limit`` are counted."""
     rest = len(items) - limit
-    return ", ".join(items[:limit]) + (f" … and {rest} more" if rest > 0 else "")
+    return separator.join(items[:limit]) + (f" … and {rest} more" if rest > 0 else "")
 
 
 def _for_each(paths: Sequence[Path], act: Callable[[int], None]) -> None:
@@ -159,6 +159,7 @@ def _for_each(paths: Sequence[Path], act: Callable[[int], None]) -> None:
             except Exception as error:  # decoders raise whatever a damaged file leads them to
                 faults[position] = _reason(error)
 
+    Image.init()  # here, for it is not made for being called by two threads at once
     with warnings.catch_warnings(), ThreadPoolExecutor(WORKERS) as pool:
         warnings.simplefilter("ignore")  # of odd metadata; and sizes are checked here
         try:

@@ -68,8 +68,8 @@ class MethodContract(MethodChecks):
     def test_definition_is_accepted(self, make_method: MakeMethod) -> None:
         cls = type(make_method())
         assert dataclasses.is_dataclass(cls)
-        assert cls.__dataclass_params__.frozen
         assert "__dataclass_params__" in vars(cls), "the class itself is not decorated"
+        assert vars(cls)["__dataclass_params__"].frozen
         assert sum(issubclass(cls, kind) for kind in KINDS) == 1
         check_definition(cls)
 

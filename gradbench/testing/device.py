@@ -80,7 +80,7 @@ def waits(method: Method, *, objectives: int = 3, parameters: int = 64) -> list[
             with watched(), torch.no_grad():
                 _act(method, step)
                 method.after_step(step)
-            watch.found += _misplaced(step, device)
+            watch.found += _misplaced(step, None if host else device)
     except Exception as error:
         if not watch.found:  # what fails for want of a number was recognised before it failed
             watch.found.append(f"{type(error).__name__}: {error} ({_place_of(error)})")
@@ -155,18 +155,18 @@ def _leaves(root: Any) -> list[Tensor]:
     return [node.variable for node in seen if hasattr(node, "variable")]
 
 
-def _misplaced(step: Step, device: torch.device) -> Iterator[str]:
-    """Yield the diagnostics that are no scalars on the device."""
+def _misplaced(step: Step, device: torch.device | None) -> Iterator[str]:
+    """Yield the diagnostics that are no scalars on the device; None is any device."""
     for name, value in step.diagnostics().items():
-        if value.device != device or value.dim():
+        if value.dim() or device not in (None, value.device):
             yield f"diagnostic {name!r} of shape {tuple(value.shape)} is on {value.device}"
 
 
-class _Watch(TorchDispatchMode):
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call] # its class hook has no types
     """Writes down operations after which the host has waited for the device."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.found: list[str] = []
 
     def __torch_dispatch__(

@@ -74,10 +74,10 @@ def _process() -> _Process:
 
 def serve() -> None:
     """Answer the questions on the standard input until it ends; run in the other process."""
-    answers = os.fdopen(os.dup(1), "wb")
+    questions, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a plug-in prints is no answer
-    while sys.stdin.buffer.peek(1):
-        sys.path[:], question = pickle.load(sys.stdin.buffer)
+    while questions.peek(1):
+        sys.path[:], question = pickle.load(questions)
         try:
             function, args, kwargs = pickle.loads(question)
             answer = (function(*args, **kwargs), "")

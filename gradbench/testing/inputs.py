@@ -40,7 +40,8 @@ def example_gradients(mean: Tensor, *, examples: int = EXAMPLES, seed: int = 0) 
     draw = generator(seed, "examples")
     spread = torch.randn(examples, len(mean), generator=draw, dtype=mean.dtype)
     length = mean.norm() / len(mean) ** 0.5
-    return mean + (spread - spread.mean(0)) * length
+    gradients: Tensor = mean + (spread - spread.mean(0)) * length
+    return gradients
 
 
 @dataclass(frozen=True)

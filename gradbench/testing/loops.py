@@ -192,10 +192,9 @@ class _LinearTrunk(nn.Module):
         super().__init__()
         self.split = parameters // 2
         self.front = _Front(self.split, dtype) if self.split else None
-        # a layer that were initialised would draw from the global generator
-        self.back = nn.utils.skip_init(
-            nn.Linear, parameters - self.split, 1, bias=False, dtype=dtype
-        )
+        # on the meta device, for initialising it would draw from the global generator
+        self.back = nn.Linear(parameters - self.split, 1, bias=False, dtype=dtype, device="meta")
+        self.back.to_empty(device="cpu")
         nn.init.zeros_(self.back.weight)
 
     def forward(self, rows: Tensor) -> Tensor:

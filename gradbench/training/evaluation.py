@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradbench.errors import NonFiniteLossError
+from gradbench.errors import DataError, NonFiniteLossError
 from gradbench.model import Model
 from gradbench.settings import Precision
 from gradbench.task import ExampleSet, Objective
@@ -39,11 +40,19 @@ def evaluate(
     examples: ExampleSet,
     device: torch.device,
     precision: Precision,
+    split: str = "validation",
+    *,
+    phase: str = "evaluation",
+    step: int = 0,
 ) -> Evaluation:
-    """Score every example of a split; the model is left in evaluation mode.
+    """Score every example of ``split``; the model is left in evaluation mode.
+
+    ``phase`` and ``step`` say what the model was last trained in, for errors. A metric that is NaN
+    is not defined on these examples and is left out.
 
     Raises:
         NonFiniteLossError: if a score is NaN or infinite.
+        DataError: if the first metric is not defined on these examples.
     """
     metrics = objective.metrics()
     dtype = torch.float64 if precision == "fp64" else torch.float32
@@ -57,9 +66,15 @@ def evaluate(
             targets.append(batch[1].cpu())
     score, target = torch.cat(scores), torch.cat(targets)
     if not bool(torch.isfinite(score).all()):
-        raise NonFiniteLossError("evaluation", 0, objective.name)
-    found = {}
-    for name, metric in metrics.items():
+        raise NonFiniteLossError(phase, step, objective.name)
+    for metric in metrics.values():
         metric.update(score, target)
-        found[name] = float(metric.compute())
+    values = {name: float(metric.compute()) for name, metric in metrics.items()}
+    first = next(iter(values))
+    if math.isnan(values[first]):
+        raise DataError(
+            f"Expected a {split} split on which {first} of {objective.name!r} is defined, found "
+            f"{len(examples)} examples on which it is not; they need other labels, or more."
+        )
+    found = {name: value for name, value in values.items() if not math.isnan(value)}
     return Evaluation(found, examples.ids, target, score)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import resource
 import statistics
 import sys
@@ -53,10 +54,17 @@ class Ledger:
         self._counts[name] = self._counts.get(name, 0) + 1
 
     def close_epoch(self) -> tuple[dict[str, float], tuple[int, int] | None]:
-        """Return the epoch's means by name, and (step, objective) of the first bad loss."""
+        """Return the epoch's means by name, and (step, objective) of the first bad loss.
+
+        A mean that is NaN or infinite, as of a product that overflowed, is left out.
+        """
         names = list(self._sums)
         values = torch.stack([self._sums[name].double() for name in names]).tolist()
-        means = {name: v / self._counts[name] for name, v in zip(names, values, strict=True)}
+        means = {
+            name: value / self._counts[name]
+            for name, value in zip(names, values, strict=True)
+            if math.isfinite(value)
+        }
         first = int(self._first_bad)
         self._sums, self._counts = {}, {}
         objectives = len(self._columns)

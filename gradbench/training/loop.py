@@ -76,6 +76,10 @@ class Training:
             len(self.objectives), budget.steps_per_epoch, budget.epochs, budget.fine_tune_epochs
         )
         reached = -1 if checkpoint is None else self._restore(checkpoint)
+        total = sum(phase.epochs for phase in self.recipe.method.phases(plan))
+        self.observer.plan(
+            total * budget.steps_per_epoch, self.epochs_seen * budget.steps_per_epoch
+        )
         best: Selection | None = None
         start = 0
         for position, phase in enumerate(self.recipe.method.phases(plan)):
@@ -218,6 +222,7 @@ class PhaseRun:
         training, surgery, losses = self.training, self.surgery, self.training.losses
         index = surgery.index
         training.place.step = index
+        training.observer.step(self.phase.name)
         self._set_rate(index - self.start)
         self.optimizer.zero_grad()
         with_primary = 0 in self.phase.objectives
@@ -257,10 +262,16 @@ class PhaseRun:
             name = training.objectives[phase.objectives[bad[1]]].name
             raise NonFiniteLossError(phase.name, bad[0], name)
         primary = training.objectives[0]
-        found = evaluate(
-            training.model, primary, training.validation, training.device, recipe.precision
-        )
         here = self.start + self.epoch * recipe.budget.steps_per_epoch
+        found = evaluate(
+            training.model,
+            primary,
+            training.validation,
+            training.device,
+            recipe.precision,
+            phase=phase.name,
+            step=here - 1,
+        )
         value = next(iter(found.metrics.values()))
         better = self._select(Selection(phase.name, self.epoch, here, value), primary)
         losses = {

@@ -52,5 +52,6 @@ def clip_shared(direction: Tensor, limit: float) -> None:
 
 def clip_head(head: nn.Module, limit: float) -> None:
     """Shorten the gradient of one head to at most ``limit``."""
-    if limit:
-        nn.utils.clip_grad_norm_(head.parameters(), limit)
+    parameters = list(head.parameters())  # none where objectives share a head
+    if limit and parameters:
+        nn.utils.clip_grad_norm_(parameters, limit)

@@ -50,7 +50,13 @@ class Selection:
 
 
 class Observer(Protocol):
-    """Is told of every epoch."""
+    """Is told how far a run has got."""
+
+    def plan(self, steps: int, done: int) -> None:
+        """Learn how many steps the run has at most, and how many are behind it."""
+
+    def step(self, phase: str) -> None:
+        """Count one step of a phase."""
 
     def epoch(self, epoch: Epoch) -> None:
         """Take in one epoch."""

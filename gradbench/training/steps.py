@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from torch import nn
 
 from gradbench import seeding
 from gradbench.errors import ContractError
@@ -122,10 +123,15 @@ class HeldOutDraws:
             with unmoved_statistics(model), autocast(losses.device, precision):
                 return model.backbone(inputs)
 
+        def loss(features: Any, head: nn.Module) -> ExampleLosses:
+            with autocast(losses.device, losses.recipe.precision):
+                return losses.objectives[0].loss(head(features), target)
+
         return HeldOutExamples(
             forward=forward,
-            loss=lambda features, head: losses.objectives[0].loss(head(features), target),
+            loss=loss,
             new_head=model.new_primary_head,
+            head=model.head(0),
         )
 
 

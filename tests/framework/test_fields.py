@@ -21,7 +21,8 @@ from gradbench.fields import (
     fields_of,
 )
 
-BIG = 2**53 + 1  # the first integer that a float can not hold
+BIG = 2**53 + 1  # the first integer that a float rounds
+HUGE = 10**400  # no float is as large
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,11 @@ class Settings(Checked):
     kind: Literal["plain", "fancy"] = "plain"
     level: Literal[1, 2] = 1
     limit: Annotated[int | None, Valid(1)] = None
+
+
+def short(value: object) -> str:
+    """Name a test case."""
+    return repr(value)[:20]
 
 
 def convert(name: str, value: object) -> Any:
@@ -57,8 +63,9 @@ class TestConvert:
             ("whole", "-3", -3),
             ("whole", BIG, BIG),
             ("whole", str(BIG), BIG),
-            ("whole", 10**400, 10**400),
-            ("whole", "1" + 400 * "0", 10**400),
+            ("whole", HUGE, HUGE),
+            ("whole", str(HUGE), HUGE),
+            ("whole", 2.0**52, 2**52),
             ("rate", 0, 0.0),
             ("rate", 1, 1.0),
             ("rate", "0.25", 0.25),
@@ -78,6 +85,7 @@ class TestConvert:
             ("limit", "None", None),
             ("limit", "5", 5),
         ],
+        ids=short,
     )
     def test_accepts(self, name: str, value: object, expected: object) -> None:
         found = convert(name, value)
@@ -102,7 +110,9 @@ class TestConvert:
             ("count", [7]),
             ("count", math.nan),
             ("count", math.inf),
-            ("count", 10**400),
+            ("count", HUGE),
+            ("whole", f"{BIG}.0"),
+            ("whole", "1e23"),
             ("rate", -0.001),
             ("rate", 1.001),
             ("rate", "nan"),
@@ -111,8 +121,8 @@ class TestConvert:
             ("free", math.inf),
             ("free", "-inf"),
             ("free", "1e400"),
-            ("free", 10**400),
-            ("free", "1" + 400 * "0"),
+            ("free", HUGE),
+            ("free", str(HUGE)),
             ("whole", math.inf),
             ("whole", 1j),
             ("flag", 1),
@@ -129,6 +139,7 @@ class TestConvert:
             ("limit", "nothing"),
             ("limit", math.nan),
         ],
+        ids=short,
     )
     def test_refuses(self, name: str, value: object) -> None:
         with pytest.raises(FieldError, match=rf"Expected settings\.{name} to be .*, found"):
@@ -167,7 +178,6 @@ class TestConvertAll:
     def test_an_unknown_key_is_met_with_all_keys(self) -> None:
         with pytest.raises(UnknownKeyError) as caught:
             convert_all(Settings, {"zzz": 3}, "settings")
-        assert "Did you mean" not in str(caught.value)
         for each in dataclasses.fields(Settings):
             assert f"settings.{each.name}" in str(caught.value)
 
@@ -191,7 +201,8 @@ class TestFieldsOf:
         assert (count.type, count.default, count.help) == (int, 10, "how many")
         assert count.valid == Valid(1, 100)
         assert count.search == IntUniform(1, 20)
-        assert found["flag"].valid is found["flag"].search is None
+        assert found["flag"].valid is None
+        assert found["flag"].search is None
 
     def test_can_not_be_written_to(self) -> None:
         with pytest.raises(TypeError):

@@ -14,6 +14,7 @@ import torch
 
 from gradbench import runner
 from gradbench.config import Request, run_id
+from gradbench.display import Display
 from gradbench.errors import NonFiniteLossError, RecordError
 from gradbench.result import Metrics, RunFolder, RunResult, json_schema
 from gradbench.runner import Outcome
@@ -55,12 +56,13 @@ FIELDS = {
 def _home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GRADBENCH_HOME", str(tmp_path_factory.mktemp("home")))
+        patch.setenv("GRADBENCH_TRACKING_URI", "none")
         yield
 
 
 def make(method: str, settings: Mapping[str, object]) -> Outcome:
     request = Request(method=method, task="digits", device="cpu", settings=settings)
-    return runner.execute(request, lambda line: None)
+    return runner.execute(request, Display())
 
 
 @pytest.fixture(scope="module")
@@ -202,10 +204,12 @@ class TestRecord:
 
 class TestFolder:
     def test_holds_these_files(self, attittud: Outcome) -> None:
-        names = {path.name for path in attittud.folder.path.iterdir()} - {".lock"}
-        assert names == {
+        names = {path.name for path in attittud.folder.path.iterdir()}
+        assert names >= {
             *("config.json", "result.json", "metrics.jsonl", "predictions.parquet", "log.txt"),
+            "model.safetensors",
         }
+        assert not [name for name in names if name.endswith((".part", ".pt"))]
 
     def test_the_configuration_is_that_of_the_record(self, attittud: Outcome) -> None:
         config = json.loads((attittud.folder.path / "config.json").read_text(encoding="utf-8"))
@@ -278,9 +282,7 @@ class TestFolder:
             folder.read()
         assert str(folder.result) in str(caught.value)
 
-    def test_a_record_of_another_schema_is_refused(
-        self, attittud: Outcome, tmp_path: Path
-    ) -> None:
+    def test_a_record_of_another_schema_is_refused(self, attittud: Outcome, tmp_path: Path) -> None:
         folder = RunFolder(tmp_path)
         folder.result.write_text(json.dumps({**stored(attittud), "schema": 2}), encoding="utf-8")
         with pytest.raises(RecordError):

@@ -1,129 +1,24 @@
-"""Chest-film phantoms: what an X-ray of a drawn chest with given findings looks like.
-
-Everything is an attenuation: soft tissue and bones add to it, the air in the lungs takes from it,
-and every finding is a lung that holds less air, or a heart that is larger. A film is what is left
-of the beam, windowed as on a viewing station. Lengths are in half heights of the film.
-"""
+"""Frontal chest films, drawn."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-Field = NDArray[np.float32]  # (N, H, W), or anything that broadcasts to it
-
-HEIGHT, WIDTH = 144, 176  # pixels, in the proportions of most films of the small release
-ASPECT = WIDTH / HEIGHT
-
-
-@dataclass(frozen=True)
-class Chests:
-    """N chests as they are filmed: each attribute (N,), the findings' severities in [0, 1].
-
-    ``side`` is -1 for the patient's right, which is on the left of a frontal film, or 1.
-    """
-
-    width: Field  # of the thorax, from the midline
-    height: Field  # of the domes below the middle of the film; deep breath is larger
-    heart: Field  # cardiothoracic ratio, without enlargement
-    tilt: Field  # of the heart's axis
-    knob: Field  # of the aorta; grows with age
-    ribs: Field  # spacing
-    phase: Field
-    bone: Field  # density
-    bulk: Field  # soft tissue in the beam, 0 is slim
-    breast: Field
-    curve: Field  # of the spine
-    portable: Field  # 1 for AP, 0 for PA: magnified heart, less breath, less contrast
-    turn: Field  # rotation in the plane, radians
-    shift: Field  # (N, 2)
-    zoom: Field
-    exposure: Field
-    side: Field  # of what is on one side
-    both: Field  # 1 if effusion is on both sides
-    place: Field  # (N, 4) uniform numbers: where findings are
-    wires: Field  # 1 if there are leads and lines
-    cardiomegaly: Field
-    edema: Field
-    consolidation: Field
-    atelectasis: Field
-    effusion: Field
+from gradbench_tasks._chexpert_beam import (
+    Chests,
+    Field,
+    develop,
+    grid,
+    hill,
+    noise,
+    rib_bands,
+    step,
+    wide,
+)
 
 
-def frontal(chests: Chests, draw: np.random.Generator) -> NDArray[np.uint8]:
-    """Return frontal films (N, H, W)."""
-    return _Frontal(chests, draw).film()
-
-
-def lateral(chests: Chests, draw: np.random.Generator) -> NDArray[np.uint8]:
-    """Return lateral films (N, H, W)."""
-    return _Lateral(chests, draw).film()
-
-
-def wide(values: Field) -> Field:
-    """Return (N, 1, 1)."""
-    return values[:, None, None]
-
-
-def step(distance: Field, softness: float | Field) -> Field:
-    """Return 0 for far below zero, 1 for far above, with a smooth edge of this width."""
-    ramp = np.clip(distance / softness + np.float32(0.5), 0, 1)
-    return ramp * ramp * (3 - 2 * ramp)
-
-
-def hill(distance: Field, spread: float | Field) -> Field:
-    """Return exp(-(distance / spread)²)."""
-    return np.exp(-np.square(distance / spread))
-
-
-def noise(draw: np.random.Generator, count: int, cells: int) -> Field:
-    """Return smooth random fields (count, H, W) of unit variance, ``cells`` waves high."""
-    across = round(cells * ASPECT)
-    grid = draw.standard_normal((count, cells + 3, across + 3), dtype=np.float32)
-    return _spline(HEIGHT, cells) @ grid @ _spline(WIDTH, across).T
-
-
-def _spline(pixels: int, cells: int) -> Field:
-    """Return the weights (pixels, cells + 3) of a cubic B-spline, rows of unit length."""
-    places = (np.arange(pixels) + 0.5) / pixels * cells + 1
-    distance = np.abs(places[:, None] - np.arange(cells + 3))
-    near, far = 2 / 3 - distance**2 + distance**3 / 2, (2 - distance) ** 3 / 6
-    weights = np.where(distance < 1, near, np.where(distance < 2, far, 0))
-    unit: Field = (weights / np.linalg.norm(weights, axis=1, keepdims=True)).astype(np.float32)
-    return unit
-
-
-def grid(chests: Chests) -> tuple[Field, Field]:
-    """Return where each pixel is in its patient, (N, H, W) across and down."""
-    across = np.linspace(-ASPECT, ASPECT, WIDTH, dtype=np.float32)[None, None, :]
-    down = np.linspace(-1, 1, HEIGHT, dtype=np.float32)[None, :, None]
-    x, y = across - wide(chests.shift[:, 0]), down - wide(chests.shift[:, 1])
-    cos, sin = wide(np.cos(chests.turn)), wide(np.sin(chests.turn))
-    zoom = wide(chests.zoom)
-    return (cos * x + sin * y) / zoom, (cos * y - sin * x) / zoom
-
-
-def develop(
-    attenuation: Field, chests: Chests, draw: np.random.Generator
-) -> NDArray[np.uint8]:
-    """Return films from attenuations: quantum noise, window, edges of the collimated beam."""
-    count = len(attenuation)
-    grain = draw.standard_normal((count, HEIGHT, WIDTH), dtype=np.float32)
-    grain = grain + 0.7 * noise(draw, count, HEIGHT // 3)
-    portable = wide(chests.portable)
-    dense = np.clip(attenuation, 0, 1.4)
-    attenuation = attenuation + grain * (0.006 + 0.012 * dense) * (1 + 0.6 * portable)
-    core = attenuation[:, HEIGHT // 4 : -HEIGHT // 6 : 3, WIDTH // 7 : -WIDTH // 7 : 3]
-    low, high = np.quantile(core, (0.02, 0.97), axis=(1, 2)).astype(np.float32)
-    spread = wide(high - low) * (1.2 + 0.15 * portable)
-    light = np.clip((attenuation - wide(low)) / spread + 0.08, 0, 1)
-    light = light ** np.exp(wide(chests.exposure))
-    return (np.clip(light, 0, 1) * 250).astype(np.uint8)
-
-
-class _Frontal:
+class Frontal:
     """One batch of frontal films; each method adds one thing to air, tissue or bone."""
 
     def __init__(self, chests: Chests, draw: np.random.Generator) -> None:
@@ -209,7 +104,8 @@ class _Frontal:
         waves = _sampled(texture, ring, angle)
         lines = hill(waves, 0.13 + 0.25 * edema + 0.15 * hill(far, 0.25))
         fade = np.exp(-far / (0.42 + 0.2 * edema)) * np.clip(0.75 + 0.3 * self.cloud, 0.2, 1.5)
-        return lines * fade * step(far - 0.1, 0.16) * (0.75 + 0.5 * edema)
+        tree: Field = lines * fade * step(far - 0.1, 0.16) * (0.75 + 0.5 * edema)
+        return tree
 
     def _consolidation(self) -> Field:
         """Return a ragged patch in one zone of a lung, darker lines of bronchi in it."""
@@ -287,8 +183,8 @@ class _Frontal:
         cage = step(1.02 - rel, 0.06) * step(y + 0.95, 0.1) * step(self.dome + 0.25 - y, 0.3)
         back = (y + 0.2 * rel - 0.44 * square + 0.02 * np.sin(7 * rel)) / spacing
         front = (y + 0.75 * square - 0.2) / (1.2 * spacing)
-        ribs = _ribs(back + wide(chests.phase), 0.3) * step(rel - 0.13, 0.1)
-        faint = _ribs(front + 0.3 + wide(chests.phase), 0.3)
+        ribs = rib_bands(back + wide(chests.phase), 0.3) * step(rel - 0.13, 0.1)
+        faint = rib_bands(front + 0.3 + wide(chests.phase), 0.3)
         faint = faint * step(rel - 0.45, 0.25) * step(y + 0.55, 0.4)
         bones = (0.075 * ribs + 0.035 * faint) * cage
         line = y + 0.66 + 0.12 * rel - 0.1 * np.sin(4.2 * rel)
@@ -315,85 +211,10 @@ class _Frontal:
         return total
 
 
-class _Lateral:
-    """One batch of lateral films: breast bone on the left, spine on the right."""
-
-    def __init__(self, chests: Chests, draw: np.random.Generator) -> None:
-        self.chests, self.draw, self.count = chests, draw, len(chests.width)
-        self.x, self.y = grid(chests)
-        self.cloud, self.fine = noise(draw, self.count, 5), noise(draw, self.count, 17)
-
-    def film(self) -> NDArray[np.uint8]:
-        self._outline()
-        self._fill()
-        return develop(self._tissue(), self.chests, self.draw)
-
-    def _outline(self) -> None:
-        """Draw the lungs between breast bone, spine and diaphragm, and the heart in front."""
-        chests, x, y = self.chests, self.x, self.y
-        front = -0.34 - 0.4 * np.sin(0.9 * np.clip(y + 0.85, 0, 1.6))
-        back = 0.68 - 0.24 * np.square(y + 0.05) + 0.04 * wide(chests.curve)
-        self.front, self.back = front, back
-        top = step(y + 0.84 - 1.3 * np.square(x - 0.12), 0.14)
-        height = wide(chests.height) + 0.05
-        dome = height - 0.08 + 0.55 * np.square(np.clip(x + 0.1, 0, None)) + 0.1 * np.square(x)
-        self.dome = dome
-        self.wall = step(x - front, 0.05) * step(back - x, 0.07) * top
-        self.lung = self.wall * (0.6 * step(dome - y, 0.04) + 0.4 * step(dome + 0.09 - y, 0.04))
-        half = wide(chests.heart + 0.13 * chests.cardiomegaly) * 0.88
-        u, v = x + 0.4 - 0.3 * half, y - height + 0.5 * half
-        lean = np.float32(0.75)
-        along, across = u * np.cos(lean) + v * np.sin(lean), v * np.cos(lean) - u * np.sin(lean)
-        size = np.sqrt(np.square(along / (1.2 * half)) + np.square(across / (0.85 * half)))
-        self.heart = step(1 - size, 0.35)
-        arch = np.sqrt(np.square(x - 0.1) + np.square(y + 0.42))
-        vessel = hill(arch - 0.2, 0.08) * step(-0.3 - y, 0.2)
-        upper = step(0.24 - np.abs(x - 0.05), 0.4) * step(-0.35 - y, 0.4)
-        self.solid = np.maximum(self.heart, 0.35 * vessel + 0.4 * upper)
-
-    def _fill(self) -> None:
-        """Take from the air what findings hold; on one side, they are seen through the other."""
-        chests, x, y, place = self.chests, self.x, self.y, self.chests.place
-        edema, patch = wide(chests.edema), wide(chests.consolidation)
-        far = np.sqrt(np.square(x - 0.02) + np.square(y + 0.1))
-        self.hila = hill(far, 0.15) * (1 + 0.3 * self.fine)
-        haze = edema * (0.5 * hill(far / (1 + 0.2 * self.cloud), 0.5) + 0.15)
-        away = np.sqrt(np.square(x + 0.25 - 0.6 * wide(place[:, 0])) + np.square(y + 0.4 - 0.7 * wide(place[:, 1])))
-        ragged = 1 - away / (0.17 + 0.2 * patch) + 0.3 * self.cloud + 0.14 * self.fine
-        fluid = wide(chests.effusion)
-        behind = np.clip(x - 0.1, 0, None)
-        surface = self.dome + 0.04 - 0.42 * fluid - 0.5 * fluid * np.square(behind)
-        pool = step(y - surface, 0.07) * step(x + 0.1, 0.4) * np.minimum(6 * fluid, 1)
-        line = y - self.dome + 0.16 + 0.1 * wide(place[:, 2]) - 0.3 * (x - 0.2)
-        plate = hill(line, 0.025) * step(0.25 - np.abs(x - 0.2), 0.15) * wide(chests.atelectasis)
-        kept = (1 - np.clip(haze, 0, 0.9)) * (1 - 0.6 * step(ragged, 0.6) * np.minimum(2 * patch, 1))
-        self.air = self.lung * (1 - 0.75 * self.solid) * kept * (1 - 0.5 * plate) * (1 - 0.85 * pool)
-
-    def _tissue(self) -> Field:
-        chests, x, y = self.chests, self.x, self.y
-        bulk = wide(chests.bulk)
-        skin = step(x - self.front + 0.1 + 0.08 * bulk, 0.08) * step(self.back + 0.22 - x, 0.08)
-        arm = step(-0.62 - 0.25 * np.square(x - 0.1) - y, 0.25)
-        depth = np.sqrt(np.clip(1 - np.square((x - 0.05) / 1.15), 0.05, 1))
-        soft = np.maximum(skin, 0.85 * arm) * (0.42 + 0.3 * depth * (1 + 0.25 * bulk))
-        soft = soft + 0.16 * self.wall * (1 - self.lung) * step(y - self.dome, 0.1)
-        soft = soft + 0.06 * self.heart + 0.12 * self.hila * self.lung
-        soft = soft + 0.12 * arm * step(-0.62 - y, 0.2) + 0.02 * self.cloud * self.air
-        column = self.back - 0.05
-        spine = step(0.1 - np.abs(x - column), 0.06)
-        discs = 0.7 + 0.3 * np.cos(2 * np.pi * y / (0.8 * wide(chests.ribs)))
-        bone = 0.16 * spine * discs * (1 - 0.4 * step(y, 1.2))
-        bone = bone + 0.12 * hill(x - self.front, 0.025) * step(y + 0.6, 0.1) * step(0.25 - y, 0.2)
-        ribs = _ribs((y - 0.75 * x) / wide(chests.ribs) + wide(chests.phase), 0.28) * self.wall
-        pipe = step(0.05 - np.abs(x + 0.02 - 0.1 * y), 0.04) * step(-0.18 - y, 0.1) * step(y + 0.9, 0.2)
-        bone = (bone + 0.03 * ribs) * wide(chests.bone)
-        total: Field = soft + bone - 0.08 * pipe - 0.42 * self.air
-        return total
-
-
 def _bump(place: Field) -> Field:
     """Return half a circle on [-1, 1], zero elsewhere."""
-    return np.sqrt(np.clip(1 - np.square(place), 0, 1))
+    bump: Field = np.sqrt(np.clip(1 - np.square(place), 0, 1))
+    return bump
 
 
 def _sampled(texture: Field, row: Field, column: Field) -> Field:
@@ -401,21 +222,16 @@ def _sampled(texture: Field, row: Field, column: Field) -> Field:
     columns = texture.shape[2]
     flat = texture.reshape(-1)
     first = wide(np.arange(len(texture)) * texture.shape[1] * columns)
-    r, c = np.floor(row).astype(np.int64), np.floor(column).astype(np.int64)
-    down, across = row - r, column - c
+    above, beside = np.floor(row), np.floor(column)
+    down, across = row - above, column - beside
+    r, c = above.astype(np.int64), beside.astype(np.int64)
     across = across * across * (3 - 2 * across)
     here, there = c % columns, (c + 1) % columns
     upper, lower = first + r * columns, first + (r + 1) * columns
     top = flat[upper + here] * (1 - across) + flat[upper + there] * across
     bottom = flat[lower + here] * (1 - across) + flat[lower + there] * across
-    return top * (1 - down) + bottom * down
-
-
-def _ribs(phase: Field, share: float) -> Field:
-    """Return bands of period 1 that fill this share, brighter at their lower edge."""
-    place = phase - np.floor(phase)
-    within = np.minimum(place, share * 2 - place) / share  # 1 in the middle, 0 at the edges
-    return step(within - 0.15, 0.5) * (0.75 + 0.6 * hill(place - 1.7 * share, 0.35 * share))
+    values: Field = top * (1 - down) + bottom * down
+    return values
 
 
 def _shaft(distance: Field, half: float) -> Field:

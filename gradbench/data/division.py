@@ -1,0 +1,90 @@
+"""Division of a data set into parts, by group and in proportion."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from gradbench.task import Indices
+
+DRAWS = 10  # divisions of groups, of which the most even is taken; groups of one are even at once
+EVERYTHING = -1  # a mark that every example has
+
+Bundle = Counter[int]  # how many examples of a group have each mark
+Wishes = dict[int, list[float]]  # how many examples of a mark each part still wants
+
+
+def divide(
+    marks: Sequence[Iterable[int]],
+    groups: Sequence[str] | None,
+    shares: Sequence[float],
+    random: np.random.Generator,
+) -> Indices:
+    """Return the part of each example (N,), an index into ``shares``, which sum to 1.
+
+    The marks of an example are its class, or for each of its labels which of the two it has; every
+    mark is spread over the parts in proportion, as far as groups allow, which are kept whole. A
+    mark of at least as many examples as there are parts goes to every part, if groups allow.
+
+    Source: iterative stratification, Sechidis et al. 2011, doi:10.1007/978-3-642-23808-6_10.
+    Departs from it: whole groups are handed out; all of the rarest mark's at once; and no part
+    wants less than one example of a mark if there are enough.
+    """
+    places: dict[object, list[int]] = {}
+    for place in range(len(marks)):
+        places.setdefault(place if groups is None else groups[place], []).append(place)
+    members = list(places.values())
+    bundles = [
+        Counter(mark for place in bundle for mark in (EVERYTHING, *marks[place]))
+        for bundle in members
+    ]
+    draws = 1 if len(members) == len(marks) else DRAWS
+    found = min((_draw(bundles, shares, random) for _ in range(draws)), key=lambda draw: draw[0])
+    part = np.empty(len(marks), dtype=np.int64)
+    for bundle, chosen in zip(members, found[1], strict=True):
+        part[bundle] = chosen
+    return part
+
+
+def _draw(
+    bundles: Sequence[Bundle], shares: Sequence[float], random: np.random.Generator
+) -> tuple[float, list[int]]:
+    """Return how far from what was wished a drawn division is, and the part of each bundle."""
+    left: Bundle = Counter()
+    for bundle in bundles:
+        left.update(bundle)
+    wishes = {mark: _wishes(count, shares) for mark, count in left.items()}
+    having: dict[int, list[int]] = {mark: [] for mark in left}
+    for place in random.permutation(len(bundles)).tolist():
+        for mark in bundles[place]:
+            having[mark].append(place)
+    ties = random.permutation(len(shares)).tolist()
+    part = [-1] * len(bundles)
+    while left:
+        mark = min(left, key=lambda mark: (left[mark], mark))  # the rarest has the least choice
+        for place in having[mark]:
+            if part[place] < 0:
+                part[place] = _most_wanting(wishes, mark, ties)
+                for other, count in bundles[place].items():
+                    wishes[other][part[place]] -= count
+                    left[other] -= count
+        del left[mark]
+    return sum(abs(wish) for each in wishes.values() for wish in each), part
+
+
+def _wishes(count: int, shares: Sequence[float]) -> list[float]:
+    """Return how many of ``count`` examples each part wants: its share, but one if there are."""
+    parts = len(shares)
+    above = [max(share * count - 1, 0.0) for share in shares]
+    if count < parts or not sum(above):
+        return [share * count for share in shares]
+    return [1 + each * (count - parts) / sum(above) for each in above]
+
+
+def _most_wanting(wishes: Wishes, mark: int, ties: Sequence[int]) -> int:
+    return max(
+        range(len(ties)),
+        key=lambda part: (wishes[mark][part], wishes[EVERYTHING][part], ties[part]),
+    )
