@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from timm.models import load_state_dict
 from torch import Tensor, nn
 
@@ -53,27 +55,78 @@ class Timm(BackboneProvider):
 
     def create(self, name: str, spec: Input, weights: str) -> Backbone:
         """Build a timm model without its classifier, at the input's own size."""
-        if not timm.is_model(name):
-            raise BackboneError(
-                f"Expected the name of a timm model, found {name!r}."
-                f"{nearest(name, timm.list_models())} "
-                "`gradbench backbones --all '*'` lists them."
-            )
-        options: dict[str, Any] = {"num_classes": 0, "in_chans": spec.channels}
-        config = timm.get_pretrained_cfg(name)
-        if config is not None and config.fixed_input_size:
-            options["img_size"] = spec.size
-        if weights == "hub":
-            options["pretrained"] = True
-        elif weights != "none":
-            state = _read_weights(Path(weights))
-            options |= {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": state}}
+        options = _options(name, spec)
+        state = None if weights in ("none", "hub") else _read_weights(Path(weights))
+        start: dict[str, Any] = {"pretrained": weights == "hub"}
+        if state is not None:
+            start = {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": state}}
+        generator = torch.get_rng_state()
         try:
-            model = timm.create_model(name, **options)
+            trunk = TimmTrunk(timm.create_model(name, **options, **start))
+            width = _width(trunk, spec)
         except Exception as error:  # timm, its hub client and torch raise many types here
             raise BackboneError(_why_not(name, spec, weights, error)) from error
-        width: Any = getattr(model, "head_hidden_size", None) or model.num_features
-        return Backbone(TimmTrunk(model), int(width))
+        if state is not None:
+            _check_loaded(name, weights, state, trunk.model, options, generator)
+        return Backbone(trunk, width)
+
+
+def _options(name: str, spec: Input) -> dict[str, Any]:
+    """Return the arguments that make a model of that name take such images."""
+    options: dict[str, Any] = {"num_classes": 0, "in_chans": spec.channels}
+    try:
+        config = timm.get_pretrained_cfg(name) if timm.is_model(name) else _UNKNOWN
+    except RuntimeError:  # a model's name with the tag of weights that do not exist
+        config = _UNKNOWN
+    if config is _UNKNOWN:
+        raise BackboneError(
+            f"Expected the name of a timm model, found {name!r}."
+            f"{nearest(name, timm.list_models())} `gradbench backbones --all '*'` lists them."
+        )
+    if config is not None and config.fixed_input_size:
+        options["img_size"] = spec.size
+    return options
+
+
+_UNKNOWN: Any = object()
+
+
+def _width(trunk: TimmTrunk, spec: Input) -> int:
+    """Return how many features there are, by running one image through."""
+    with torch.no_grad():
+        features = trunk.eval()(torch.zeros(1, spec.channels, spec.size, spec.size))
+    trunk.train()
+    return int(features.pooled.shape[1])
+
+
+def _check_loaded(
+    name: str,
+    weights: str,
+    state: Mapping[str, Any],
+    model: nn.Module,
+    options: Mapping[str, Any],
+    generator: Tensor,
+) -> None:
+    """Check that no matrix of the model is as it was drawn; timm does not tell."""
+    missing = [
+        parameter
+        for parameter, value in model.named_parameters()
+        if parameter not in state and value.dim() > 1
+    ]
+    if not missing:
+        return
+    with torch.random.fork_rng(devices=[]):
+        torch.set_rng_state(generator)
+        drawn = timm.create_model(name, **options)
+    left = [
+        each for each in missing if torch.equal(model.state_dict()[each], drawn.state_dict()[each])
+    ]
+    if left:  # the others were in the file under older names
+        raise BackboneError(
+            f"Expected weights of {name!r} in {weights}, found none for {', '.join(left[:3])}"
+            f"{f' and {len(left) - 3} more' if len(left) > 3 else ''}; "
+            "use a file that was saved from the same model."
+        )
 
 
 class TimmTrunk(nn.Module):
@@ -90,11 +143,11 @@ class TimmTrunk(nn.Module):
         return Features(pooled=pooled, tokens=_tokens(unpooled, self.model.num_features))
 
 
-def _tokens(unpooled: Tensor, width: int) -> Tensor:
-    """Return (B, T, width) from tokens, or from a feature map with channels first or last."""
+def _tokens(unpooled: Tensor, channels: int) -> Tensor:
+    """Return (B, T, C) from tokens, or from a feature map with channels first or last."""
     if unpooled.dim() != 4:
         return unpooled
-    channels_first = unpooled.shape[1] == width
+    channels_first = unpooled.shape[1] == channels
     return unpooled.flatten(2).mT if channels_first else unpooled.flatten(1, 2)
 
 

@@ -14,6 +14,7 @@ EVERYTHING = -1  # a mark that every example has
 
 Bundle = Counter[int]  # how many examples of a group have each mark
 Wishes = dict[int, list[float]]  # how many examples of a mark each part still wants
+Unevenness = tuple[int, float]  # parts without a mark, and examples away from what was wished
 
 
 def divide(
@@ -50,28 +51,30 @@ def divide(
 
 def _draw(
     bundles: Sequence[Bundle], shares: Sequence[float], random: np.random.Generator
-) -> tuple[float, list[int]]:
-    """Return how far from what was wished a drawn division is, and the part of each bundle."""
+) -> tuple[Unevenness, list[int]]:
+    """Return the part of each bundle in one drawn division, and how uneven that is."""
     left: Bundle = Counter()
     for bundle in bundles:
         left.update(bundle)
     wishes = {mark: _wishes(count, shares) for mark, count in left.items()}
+    nothing = {(mark, part) for mark in wishes for part in range(len(shares))}
     having: dict[int, list[int]] = {mark: [] for mark in left}
     for place in random.permutation(len(bundles)).tolist():
         for mark in bundles[place]:
             having[mark].append(place)
     ties = random.permutation(len(shares)).tolist()
-    part = [-1] * len(bundles)
+    parts = [-1] * len(bundles)
     while left:
         mark = min(left, key=lambda mark: (left[mark], mark))  # the rarest has the least choice
         for place in having[mark]:
-            if part[place] < 0:
-                part[place] = _most_wanting(wishes, mark, ties)
+            if parts[place] < 0:
+                parts[place] = part = _most_wanting(wishes, mark, ties)
                 for other, count in bundles[place].items():
-                    wishes[other][part[place]] -= count
+                    wishes[other][part] -= count
                     left[other] -= count
+                    nothing.discard((other, part))
         del left[mark]
-    return sum(abs(wish) for each in wishes.values() for wish in each), part
+    return (len(nothing), sum(abs(wish) for each in wishes.values() for wish in each)), parts
 
 
 def _wishes(count: int, shares: Sequence[float]) -> list[float]:

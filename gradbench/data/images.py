@@ -221,7 +221,7 @@ def _reason(error: Exception) -> str:
         return "no image"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror.lower()
-    if "truncated" in str(error):
+    if "truncated" in str(error).lower():
         return "truncated"
     return f"damaged: {str(error).partition(chr(10))[0] or type(error).__name__}"
 

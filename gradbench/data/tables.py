@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import io
+import math
+import os
 import posixpath
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
@@ -13,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradbench.data.images import image_tree, listed
-from gradbench.errors import DataError, nearest
+from gradbench.errors import DataError
+from gradbench.task import Indices
 
 PATH, CLASS, GROUP = "path", "label", "group"  # columns of a CSV
 VALUES = {"0": 0.0, "0.0": 0.0, "1": 1.0, "1.0": 1.0, "": np.nan}  # of a label's column
@@ -41,6 +44,36 @@ class Table:
         """Say whether an example has labels and no class."""
         return self.targets.ndim == 2
 
+    def paths(self, indices: Indices) -> list[Path]:
+        """Return where some of the images are."""
+        return [self.root / self.ids[i] for i in indices]
+
+    def places(self) -> list[str]:
+        """Return where the images are, one text for one place; no image is touched."""
+        root = os.path.realpath(self.root)
+        return [os.path.normpath(os.path.join(root, name)) for name in self.ids]
+
+    def marks(self) -> list[tuple[int, ...]]:
+        """Return what to spread evenly: the class, or for each known label which way it is."""
+        if not self.is_multilabel:
+            return [(label,) for label in self.targets.tolist()]
+        return [
+            tuple(2 * i + int(value) for i, value in enumerate(row) if not math.isnan(value))
+            for row in self.targets.tolist()
+        ]
+
+    def scored(self, indices: Indices) -> set[str]:
+        """Return the labels of which both 0 and 1 are among some of the images."""
+        columns = zip(self.names, self.targets[indices].T.tolist(), strict=True)
+        return {name for name, column in columns if {0.0, 1.0} <= set(column)}
+
+    def described(self) -> Iterator[str]:
+        """Yield all that is known without opening an image, a line each."""
+        yield "\0".join(("labels" if self.is_multilabel else "classes", *self.names))
+        groups = self.groups or [""] * len(self.ids)
+        for name, target, group in zip(self.ids, self.targets.tolist(), groups, strict=True):
+            yield f"{name}\0{target}\0{group}"
+
 
 def read_table(location: Path, labels: Sequence[str] = ()) -> Table:
     """Return what a folder of class folders or a CSV says of its images.
@@ -55,6 +88,8 @@ def read_table(location: Path, labels: Sequence[str] = ()) -> Table:
         if location.suffix.lower() != ".csv":
             raise DataError(f"Expected a folder or a .csv file, found the file {location}.")
         return _read_csv(location, labels)
+    if not location.exists():
+        raise DataError(f"Expected a folder or a .csv file at {location}, found nothing there.")
     classes, paths, targets = image_tree(location)
     ids = tuple(path.relative_to(location).as_posix() for path in paths)
     return Table(location, ids, classes, targets, None)
@@ -181,9 +216,10 @@ def _check_header(header: Sequence[str], file: Path) -> None:
             f"{header.index('') + 1}."
         )
     if PATH not in header:
-        hint = " Separate the columns by commas." if ";" in header[0] else nearest(PATH, header)
+        close = [name for name in header if name.lower() == PATH]
+        advice = f"rename {close[0]!r}" if close else "name it so, and separate columns by commas"
         raise DataError(
-            f"Expected a column {PATH!r} in {file}, found the columns {listed(header)}.{hint}"
+            f"Expected a column {PATH!r} in {file}, found the columns {listed(header)}; {advice}."
         )
     if not {*header} - {PATH, GROUP}:
         raise DataError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,8 +156,8 @@ class Folder(TaskPair):
             validation=validation,
             test=test,
             auxiliaries=(self._examples(auxiliary, kept, "auxiliary/"),),
-            data_digest=_digest([*_described(primary), *_described(auxiliary)]),
-            files_digest=_digest(digests([*_paths(primary, seen), *_paths(auxiliary, kept)])),
+            data_digest=_digest([*primary.described(), *auxiliary.described()]),
+            files_digest=_digest(digests([*primary.paths(seen), *auxiliary.paths(kept)])),
             notes=tuple(notes),
         )
 
@@ -201,17 +200,19 @@ class Folder(TaskPair):
                 f"Expected something to be left for training, found task.validation_share "
                 f"{self.validation_share:g} beside a test of {test_share:g}; choose less."
             )
+        size = "fewer" if few else "not fewer"
+        why = f", for there are {size} than {preset.sizes['below']} primary images"
+        why = "" if self.folds else why
         if folds == 1:
-            return 1, "one, for there are many primary images" if not self.folds else "one"
-        why = f", for there are fewer than {preset.sizes['below']} primary images"
+            return 1, f"one, drawn with the seed{why}; --set task.folds=… makes folds"
         return folds, (
-            f"the test is fold {self.fold} of 0 … {folds - 1}{'' if self.folds else why}; "
+            f"the test is fold {self.fold} of 0 … {folds - 1}{why}; "
             "--set task.fold=… takes another, task.folds=1 makes one split"
         )
 
     def _divide(self, table: Table, folds: int, seed: int) -> tuple[Indices, Indices, Indices]:
         """Return the training, validation and test examples of the primary."""
-        marks = _marks(table)
+        marks = table.marks()
         _check_counts(table, folds)
         everything = np.arange(len(marks))
         if folds == 1:
@@ -232,25 +233,11 @@ class Folder(TaskPair):
         targets = table.targets[indices]
         return ImageFiles(
             [prefix + table.ids[i] for i in indices],
-            _paths(table, indices),
+            table.paths(indices),
             {"target": torch.from_numpy(targets)},
             size=self.size,
             strata=None if table.is_multilabel else targets.astype(np.int64),
         )
-
-
-def _paths(table: Table, indices: Indices) -> list[Path]:
-    return [table.root / table.ids[i] for i in indices]
-
-
-def _marks(table: Table) -> list[tuple[int, ...]]:
-    """Return what is to be spread evenly: the class, or for each known label which way it is."""
-    if not table.is_multilabel:
-        return [(label,) for label in table.targets.tolist()]
-    return [
-        tuple(2 * i + int(value) for i, value in enumerate(row) if value == value)  # not NaN
-        for row in table.targets.tolist()
-    ]
 
 
 def _check_counts(table: Table, folds: int) -> None:
@@ -262,13 +249,13 @@ def _check_counts(table: Table, folds: int) -> None:
     parts = max(folds, len(SPLITS))
     unit = "image" if table.groups is None else "group"
     owners: Sequence[object] = range(len(table.ids)) if table.groups is None else table.groups
-    why = f"one for each of {folds} folds" if folds > len(SPLITS) else f"one for {_and(SPLITS)}"
-    fewer = ", or choose fewer folds: --set task.folds=…, 1 for one split" if folds > 1 else ""
-    advice = f"Add images, leave the class out{fewer}."
-    if len(set(owners)) < parts:
+    folding = folds >= parts
+    why = f"one for each of {folds} folds" if folding else "one each for training, validation, test"
+    fewer = ["choose fewer folds with --set task.folds=…, 1 for none"] if folding else []
+    if (found := len(set(owners))) < parts:
         raise DataError(
-            f"Expected at least {parts} {unit}s in {table.root}, {why}, found "
-            f"{len(set(owners))}. {advice}"
+            f"Expected at least {parts} {unit}s in {table.root}, {why}, found {found}; "
+            f"{' or '.join([f'add {unit}s', *fewer])}."
         )
     if table.is_multilabel:
         return
@@ -280,7 +267,7 @@ def _check_counts(table: Table, folds: int) -> None:
     if few:
         raise DataError(
             f"Expected at least {parts} {unit}s of every class in {table.root}, {why}, found "
-            f"{listed(few)}. {advice}"
+            f"{listed(few)}; {' or '.join(['add images', *fewer, 'leave the class out'])}."
         )
 
 
@@ -296,7 +283,7 @@ def _check_parts(table: Table, parts: Sequence[Indices], folds: int) -> None:
         if not len(part):
             raise DataError(f"Expected images in the {name} split, found none.{advice}")
         if table.is_multilabel:
-            if name != "training" and not _scored(table, part):
+            if name != "training" and not table.scored(part):
                 raise DataError(
                     f"Expected a label with both 0 and 1 in the {name} split, found none in "
                     f"{len(part)} images.{advice}"
@@ -309,21 +296,13 @@ def _check_parts(table: Table, parts: Sequence[Indices], folds: int) -> None:
             )
 
 
-def _scored(table: Table, part: Indices) -> set[str]:
-    """Return the labels of which both 0 and 1 are in a part."""
-    columns = table.targets[part].T.tolist()
-    return {
-        name for name, column in zip(table.names, columns, strict=True) if {0.0, 1.0} <= set(column)
-    }
-
-
 def _unscored(table: Table, parts: Sequence[Indices]) -> list[str]:
     """Say which labels have no AUROC in which split."""
     if not table.is_multilabel:
         return []
     found = []
     for name, part in zip(SPLITS[1:], parts[1:], strict=True):
-        scored = _scored(table, part)
+        scored = table.scored(part)
         if unscored := [label for label in table.names if label not in scored]:
             found.append(f"without AUROC, for lack of 0 or of 1 in {name}: {listed(unscored)}")
     return found
@@ -335,12 +314,12 @@ def _kept_apart(primary: Table, held_out: Indices, auxiliary: Table) -> Indices:
     Raises:
         DataError: if there are none.
     """
-    places = _places(primary)
+    places = primary.places()
     images = {places[i] for i in held_out}
     groups = set() if primary.groups is None else {primary.groups[i] for i in held_out}
     kept = [
         i
-        for i, place in enumerate(_places(auxiliary))
+        for i, place in enumerate(auxiliary.places())
         if place not in images and (auxiliary.groups is None or auxiliary.groups[i] not in groups)
     ]
     if not kept:
@@ -351,24 +330,10 @@ def _kept_apart(primary: Table, held_out: Indices, auxiliary: Table) -> Indices:
     return np.array(kept, dtype=np.int64)
 
 
-def _places(table: Table) -> list[str]:
-    """Return where images are, the same text for the same place; no image is touched."""
-    root = os.path.realpath(table.root)
-    return [os.path.normpath(os.path.join(root, name)) for name in table.ids]
-
-
 def _left_out(count: int) -> list[str]:
     if not count:
         return []
     return [f"{count} auxiliary images left out: they, or their groups, are held out"]
-
-
-def _described(table: Table) -> Iterable[str]:
-    """Yield all that is known of a table without opening an image."""
-    yield "\0".join(("labels" if table.is_multilabel else "classes", *table.names))
-    groups = table.groups or [""] * len(table.ids)
-    for name, target, group in zip(table.ids, table.targets.tolist(), groups, strict=True):
-        yield f"{name}\0{target}\0{group}"
 
 
 def _digest(lines: Iterable[str]) -> str:
@@ -376,7 +341,3 @@ def _digest(lines: Iterable[str]) -> str:
     for line in lines:
         found.update(f"{line}\n".encode())
     return found.hexdigest()
-
-
-def _and(names: Sequence[str]) -> str:
-    return f"{', '.join(names[:-1])} and {names[-1]}"

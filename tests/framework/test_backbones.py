@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub.constants
 import pytest
@@ -44,6 +46,13 @@ def features(made: Backbone, spec: Input = RGB) -> Features:
     return found
 
 
+def maps_of(made: Backbone, spec: Input) -> Tensor:
+    model: Any = made.module.get_submodule("model").eval()
+    with torch.no_grad():
+        maps: Tensor = model.forward_features(images(spec))
+    return maps
+
+
 class TestCreate:
     @pytest.mark.parametrize("name", MODELS)
     def test_features_have_the_width_that_is_said(self, name: str) -> None:
@@ -72,20 +81,14 @@ class TestCreate:
         spec = Input(channels=3, size=96)  # maps of 3×3
         pooled, tokens = features(create("resnet18", spec), spec)
         torch.testing.assert_close(tokens.mean(1), pooled)
-        model = create("resnet18", spec).module.model.eval()  # type: ignore[operator, union-attr]
-        with torch.no_grad():
-            maps = model.forward_features(images(spec))
+        maps = maps_of(create("resnet18", spec), spec)
         torch.testing.assert_close(tokens[0, 5], maps[0, :, 1, 2], rtol=0, atol=0)
 
     def test_tokens_of_a_map_with_channels_last_keep_their_channels_together(self) -> None:
         spec = Input(channels=3, size=96)
         made = create("test_mambaout", spec)
-        model = made.module.model.eval()  # type: ignore[operator, union-attr]
-        with torch.no_grad():
-            maps = model.forward_features(images(spec))
-        torch.testing.assert_close(
-            features(made, spec).tokens[0, 5], maps[0, 1, 2], rtol=0, atol=0
-        )
+        maps = maps_of(made, spec)
+        torch.testing.assert_close(features(made, spec).tokens[0, 5], maps[0, 1, 2], rtol=0, atol=0)
 
     @pytest.mark.parametrize("name", ["test_vit", "test_resnet"])
     def test_takes_images_of_one_channel(self, name: str) -> None:
@@ -102,7 +105,7 @@ class TestCreate:
         ("name", "words"),
         [
             ("tset_vit", "found 'tset_vit'. Did you mean 'test_vit"),
-            ("resnet18.nosuchtag", r"found 'resnet18.nosuchtag'. Did you mean 'resnet18\."),
+            ("resnet18.nosuchtag", r"found 'resnet18\.nosuchtag'. Did you mean 'resnet18'"),
             ("", "found ''"),
             ("hf-hub:timm/resnet18.a1_in1k", "found 'hf-hub"),
         ],
@@ -183,7 +186,7 @@ class TestWeights:
         state = create("test_resnet").module.get_submodule("model").state_dict()
         state = {name: value[..., :1].clone() for name, value in state.items() if value.dim()}
         path = save_by_torch(state, tmp_path / "weights")
-        with pytest.raises(BackboneError, match=r"weights of 'test_resnet' from .*size mismatch|RuntimeError"):
+        with pytest.raises(BackboneError, match=r"weights of 'test_resnet' from .*RuntimeError"):
             create("test_resnet", weights=str(path))
 
     def test_of_a_part_of_the_model_are_refused(self, tmp_path: Path) -> None:
@@ -234,22 +237,18 @@ class TestWeights:
             create("test_vit", weights="hub")
 
     def test_of_the_hub_are_refused_where_there_are_none(self) -> None:
-        name = next(
-            name for name in timm.list_models("*", pretrained=False)
-            if not timm.is_model_pretrained(name)
-        )
-        with pytest.raises(BackboneError, match=f"weights of '{name}' from the hub"):
-            create(name, weights="hub")
+        with pytest.raises(BackboneError, match="weights of 'mobilenetv3_large_075' from the hub"):
+            create("mobilenetv3_large_075", weights="hub")
 
 
 class Malicious:
-    """Unpickling it makes a file."""
+    """Unpickling it makes a folder."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker
 
-    def __reduce__(self) -> tuple[Callable[..., object], tuple[str, str]]:
-        return open, (str(self.marker), "w")
+    def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
+        return os.mkdir, (str(self.marker),)
 
 
 def test_a_name_may_say_its_provider() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from unittest.mock import Mock
 
 import pytest
@@ -73,7 +74,9 @@ def trained(method: Scalarization, policy: BatchNormPolicy) -> loop.Training:
         seed=0,
     )
     cpu = torch.device("cpu")
-    training = loop.Training(model, objectives, splits.for_training(), recipe, cpu, Mock(spec=Observer))
+    training = loop.Training(
+        model, objectives, splits.for_training(), recipe, cpu, Mock(spec=Observer)
+    )
     training.run()
     return training
 
@@ -161,9 +164,9 @@ def test_modes_come_back_when_a_forward_fails() -> None:
     trunk = Trunk()
 
     def fail() -> None:
-        raise OSError
+        raise OSError("gone")
 
-    with pytest.raises(OSError):
+    with pytest.raises(OSError, match="gone"):
         reestimate_statistics([trunk], [fail])
     assert trunk.norm.training
     assert trunk.norm.momentum == 0.1
@@ -172,4 +175,4 @@ def test_modes_come_back_when_a_forward_fails() -> None:
 def forwards(trunk: Trunk, count: int) -> list[Callable[[], object]]:
     draw = torch.Generator().manual_seed(0)
     images = [torch.randn(8, 3, 32, 32, generator=draw) for _ in range(count)]
-    return [lambda batch=batch: trunk(batch) for batch in images]
+    return [partial(trunk, batch) for batch in images]

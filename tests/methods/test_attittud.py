@@ -256,7 +256,6 @@ class TestInvariants:
         jacobian, basis = case  # the primary gradient is not in the span
         parts = parts_of(jacobian, basis)
         assert parts.good @ jacobian[0] >= 0 >= parts.bad @ jacobian[0]
-        assert parts.good.norm() > 0 < parts.bad.norm()  # in these cases there is some of both
 
     def test_turning_the_bad_part_around_helps_along_every_axis(
         self, case: tuple[Tensor, Tensor]

@@ -5,7 +5,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from gradbench_methods.gdod import GDOD, decompose
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -18,6 +17,7 @@ from gradbench.testing import (
     direction,
     random_jacobian,
 )
+from gradbench_methods.gdod import GDOD, decompose
 
 ROUND_OFF = 1e-9  # the Gramian has the squares of the singular values
 SKIP = GDOD(fallback="skip")  # the rule alone

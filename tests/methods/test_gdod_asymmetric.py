@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gradbench_methods.gdod_asymmetric import GDODAsymmetric
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -15,6 +14,7 @@ from gradbench.testing import (
     direction,
     random_jacobian,
 )
+from gradbench_methods.gdod_asymmetric import GDODAsymmetric
 
 ROUND_OFF = 1e-9  # the Gramian has the squares of the singular values
 SHAPES = [(2, 2), (2, 20), (3, 8), (4, 40), (6, 200)]  # (K, P)

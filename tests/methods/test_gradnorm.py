@@ -4,7 +4,6 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from gradbench_methods.gradnorm import LEAST, GradNorm
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -17,6 +16,7 @@ from gradbench.testing import (
     batch_of,
     random_batch,
 )
+from gradbench_methods.gradnorm import LEAST, GradNorm
 
 PARAMETERS = 10
 HALF = PARAMETERS // 2  # the second half of the parameters is the layer that GradNorm reads
@@ -56,9 +56,8 @@ def oracle(steps: list[Batch], alpha: float, lr: float) -> Iterator[Tensor]:
     adam = torch.optim.Adam([weights], lr=lr)
     for batch in steps:
         yield weights.detach().clone()
-        lengths = []
-        for k in range(objectives):
-            lengths.append((weights[k] * batch.jacobian[0, k, HALF:]).norm())
+        layer = batch.jacobian[0, :, HALF:]
+        lengths = [(weight * row).norm() for weight, row in zip(weights, layer, strict=True)]
         mean = sum(lengths) / objectives
         ratios = [
             now / first for now, first in zip(batch.losses, steps[0].losses, strict=True)
@@ -149,9 +148,7 @@ def test_the_first_loss_decides_who_is_behind() -> None:
 
 
 def test_a_first_loss_of_zero_waits_for_one_to_compare_with() -> None:
-    nothing = batch_of(
-        with_norms(1, 4).jacobian[0], torch.tensor([1.0, 0.0], dtype=torch.float64)
-    )
+    nothing = batch_of(with_norms(1, 4).jacobian[0], torch.tensor([1.0, 0.0], dtype=torch.float64))
     loop = LinearLoop(GradNorm(), 2, PARAMETERS)
     for batch in (nothing, with_norms(1, 4), nothing):
         assert loop.backward(batch.jacobian, batch.losses).isfinite().all()

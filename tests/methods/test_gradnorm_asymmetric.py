@@ -4,8 +4,6 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from gradbench_methods.gradnorm import LEAST
-from gradbench_methods.gradnorm_asymmetric import GradNormAsymmetric
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -18,6 +16,8 @@ from gradbench.testing import (
     batch_of,
     random_batch,
 )
+from gradbench_methods.gradnorm import LEAST
+from gradbench_methods.gradnorm_asymmetric import GradNormAsymmetric
 
 PARAMETERS = 10
 HALF = PARAMETERS // 2  # the second half of the parameters is the layer that GradNorm reads

@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import pytest
-from gradbench_methods.pretrain_finetune import PretrainFinetune
-from gradbench_methods.primary_only import PrimaryOnly
 from torch.testing import assert_close
 
 import gradbench
@@ -15,6 +13,8 @@ from gradbench.testing import (
     direction,
     random_jacobian,
 )
+from gradbench_methods.pretrain_finetune import PretrainFinetune
+from gradbench_methods.primary_only import PrimaryOnly
 
 SHORT = {"budget.fine_tune_epochs": 2, "budget.steps_per_epoch": 2, "budget.batch_size": 8}
 
@@ -59,5 +59,5 @@ def test_a_run_trains_the_primary_in_the_second_phase_alone(
 def test_needs_a_second_phase(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GRADBENCH_HOME", str(tmp_path))
     settings = {**SHORT, "budget.fine_tune_epochs": 0}
-    with pytest.raises(FieldError, match="fine_tune_epochs of at least 1 .* found 0"):
+    with pytest.raises(FieldError, match=r"fine_tune_epochs of at least 1 .* found 0"):
         gradbench.run("pretrain-finetune", "digits", epochs=1, settings=settings)
