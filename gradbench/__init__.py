@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from gradbench.runner import run
     from gradbench.surgery import Surgery
+    from gradbench.trained import load
 
 __version__ = "0.1.0"
-__all__ = ["Surgery", "__version__", "run"]
+__all__ = ["Surgery", "__version__", "load", "run"]
 
-_HOMES = {"Surgery": "gradbench.surgery", "run": "gradbench.runner"}
+_HOMES = {"Surgery": "gradbench.surgery", "load": "gradbench.trained", "run": "gradbench.runner"}
 
 
 def __getattr__(name: str) -> object:

@@ -118,7 +118,8 @@ def resolve(request: Request) -> RunConfig:
     method_plugin = registry.load_class(registry.METHODS, request.method, Method)
     task_plugin = registry.load_class(registry.TASKS, request.task, TaskPair)
     preset = _preset(task_plugin, request.preset)
-    groups = _by_group(request.settings, method_plugin.obj, task_plugin.obj)
+    settings = {**preset.settings, **request.settings}
+    groups = _by_group(settings, method_plugin.obj, task_plugin.obj)
     scale = SCALE.convert(groups["method"].pop("scale", "paper"), "method")
     method = method_plugin.obj(**convert_all(method_plugin.obj, groups["method"], "method"))
     task = task_plugin.obj(**convert_all(task_plugin.obj, groups["task"], "task"))

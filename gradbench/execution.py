@@ -247,8 +247,9 @@ def _deterministic(device: torch.device) -> Iterator[None]:
 
 
 def _out_of_memory(error: BaseException) -> OutOfMemoryError:
+    found = next(iter(str(error).splitlines()), "none left")  # Python's own error has no text
     wrapped = OutOfMemoryError(
-        f"Expected the run to fit into memory, found {str(error).splitlines()[0] or 'none left'}. "
+        f"Expected the run to fit into memory, found {found}. "
         "Try a smaller --set budget.batch_size=…, a smaller --backbone, or --precision bf16."
     )
     wrapped.__cause__ = error

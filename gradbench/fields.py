@@ -225,6 +225,12 @@ def identity_of(settings: Any) -> dict[str, Any]:
     return {name: value for name, value in values.items() if not known[name].is_location}
 
 
+def locations_of(settings: Any) -> dict[str, Any]:
+    """Return the values of a dataclass that only say where things are."""
+    known = fields_of(type(settings))
+    return {name: getattr(settings, name) for name in known if known[name].is_location}
+
+
 def check_definition(cls: type) -> None:
     """Check that defaults and search ranges of a plug-in lie inside what its fields accept.
 

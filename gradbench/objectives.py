@@ -25,10 +25,18 @@ MEAN, SPREAD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 class Classification(Objective):
     """One of C classes: a linear head, cross-entropy, accuracy in [0, 1], higher is better."""
 
+    exclusive = True
+
     def __init__(
-        self, name: str, classes: int, *, margin: float, head_name: str | None = None
+        self,
+        name: str,
+        classes: int,
+        *,
+        margin: float,
+        head_name: str | None = None,
+        labels: tuple[str, ...] = (),
     ) -> None:
-        self.name, self.classes = name, classes
+        self.name, self.classes, self.labels = name, classes, labels
         self.margin, self.head_name = margin, head_name
 
     @abstractmethod

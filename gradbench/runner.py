@@ -16,14 +16,14 @@ from gradbench.data.store import locate
 from gradbench.display import Display
 from gradbench.environment import fingerprint, resolve_device
 from gradbench.errors import (
-    ContractError,
     EnvironmentChangedError,
     HomeError,
     PluginError,
 )
 from gradbench.execution import Execution, now
+from gradbench.fields import locations_of
 from gradbench.files import make_folder
-from gradbench.method import Branching, kind_of
+from gradbench.method import kind_of
 from gradbench.result import (
     PROTOCOL,
     BackboneRecord,
@@ -105,11 +105,6 @@ def execute(request: Request, display: Display) -> Outcome:
         GradBenchError: where the request can not become a run; nothing is written then.
     """
     config = resolve(request)
-    if isinstance(config.method, Branching):
-        raise ContractError(
-            f"Expected a method that acts in every step, found {request.method!r}, which trains "
-            "branches of the weights; the training loop of this version can not run it."
-        )
     device, warning = resolve_device(request.device)
     if warning is not None:
         display.say(f"warning: {warning}")
@@ -163,7 +158,11 @@ def execute(request: Request, display: Display) -> Outcome:
                 "started": draft.started if found is None else found.started,
             }
         )
-        execution = {"device": str(device), "memory_format": environment["memory_format"]}
+        execution = {
+            "device": str(device),
+            "memory_format": environment["memory_format"],
+            "locations": locations_of(config.task),
+        }
         folder.write_config({"identity": identity, "execution": execution})
         folder.write(draft)  # says "interrupted" until the run says otherwise
         result, error = Execution(

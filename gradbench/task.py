@@ -188,13 +188,16 @@ class Objective(ABC):
 
     ``margin`` is the difference in the first metric below which two results are practically
     equal. Objectives with the same ``head_name`` share one head, which is then part of the shared
-    parameters; by default a head is an objective's own.
+    parameters; by default a head is an objective's own. ``labels`` name the columns of the scores;
+    ``exclusive`` says that the largest is the prediction.
     """
 
     name: str
     higher_is_better: bool = True
     margin: float
     head_name: str | None = None
+    labels: tuple[str, ...] = ()
+    exclusive: bool = False
 
     @abstractmethod
     def head(self, width: int, dropout: float) -> nn.Module:
@@ -235,12 +238,17 @@ class Input:
 
 @dataclass(frozen=True)
 class Preset:
-    """A task's fixed sizes and budget; another preset is another board."""
+    """A task's fixed sizes and budget; another preset is another board.
+
+    ``settings`` are keys and values as ``--set`` takes them, for what else belongs to the preset:
+    the size of images, the dropout. A user's own settings go before them.
+    """
 
     backbone: str
     sizes: Mapping[str, int]  # of the drawn splits, in units that the task names
     budget: Budget = field(default_factory=Budget)
     optimizer: Optimizer = field(default_factory=Optimizer)
+    settings: Mapping[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -287,6 +295,17 @@ class TaskPair(Checked, ABC):
     def draw_sample(self, folder: Path) -> None:
         """Write a small, deterministic stand-in into ``folder``, in the real on-disk format."""
         raise DataError(f"Expected a task with sample data, found {type(self).__name__}.")
+
+    def read(self, files: Sequence[Path]) -> ExampleSet:
+        """Return files that are not part of the data as examples; targets are placeholders.
+
+        Raises:
+            DataError: if the task has no examples in files.
+        """
+        raise DataError(
+            f"Expected a task whose examples are files, found {type(self).__name__}; "
+            "use gradbench.load and feed the model yourself."
+        )
 
     @abstractmethod
     def splits(self, source: Source, folder: Path, preset: Preset, seed: int) -> Splits:

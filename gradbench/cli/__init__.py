@@ -8,7 +8,7 @@ import traceback
 import typer
 from typer.exceptions import TyperException
 
-from gradbench.cli import listings, runs, tracked
+from gradbench.cli import listings, models, runs, tracked
 from gradbench.errors import GradBenchError
 from gradbench.registry import foreign_distribution
 
@@ -28,6 +28,8 @@ app.command("methods")(listings.methods)
 app.command("tasks")(listings.tasks)
 app.command("backbones")(listings.backbones)
 app.command("info")(listings.info)
+app.command("predict")(models.predict)
+app.command("export-model")(models.export_model)
 app.command("sync")(tracked.sync)
 app.command("ui")(tracked.ui)
 
@@ -48,6 +50,8 @@ def _status(arguments: list[str]) -> int:
                 "reinstall gradbench-surgery."
             )
         code = app(args=arguments, prog_name="gradbench", standalone_mode=False)
+        if code == INTERRUPTED:  # what typer makes of a KeyboardInterrupt, without a word
+            raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
     except TyperException as error:
         return _complain(_usage(error), error.exit_code)
@@ -56,7 +60,7 @@ def _status(arguments: list[str]) -> int:
             traceback.print_exception(error)
         return _complain(str(error), error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
-        return _complain("Interrupted; the same command starts the run again.", INTERRUPTED)
+        return _complain("Interrupted; the same command goes on with the run.", INTERRUPTED)
     except Exception as error:  # a fault of ours: one line, or all of it with --debug
         if debug:
             traceback.print_exception(error)

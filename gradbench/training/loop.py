@@ -4,47 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gradbench.errors import ContractError, NonFiniteLossError
-from gradbench.method import Phase, Plan, Scalarization
-from gradbench.model import Model, training_mode
-from gradbench.step import Step
-from gradbench.surgery import Surgery
+from gradbench.errors import ContractError
+from gradbench.method import Branching, Phase, Plan
+from gradbench.model import Model
 from gradbench.task import Objective, TrainingSplits
 from gradbench.training.batch_norm import reestimate_statistics
+from gradbench.training.branching import BranchedEpochs
+from gradbench.training.epochs import EpochTrainer, JointSteps, Trained, method_acts
 from gradbench.training.evaluation import evaluate
-from gradbench.training.ledger import Costs, Ledger, StepClock
-from gradbench.training.optimization import (
-    clip_head,
-    clip_shared,
-    learning_rate,
-    make_optimizer,
-)
+from gradbench.training.ledger import Costs
 from gradbench.training.recipe import Epoch, Observer, Place, Recipe, Selection
 from gradbench.training.steps import Losses
 
 Save = Callable[[dict[str, Any]], None]
 
 
-@dataclass(frozen=True)
-class Sum(Scalarization):
-    """The plain sum, for phases in which there is nothing to protect."""
-
-    def weights_from_losses(self, losses: Tensor, step: Step) -> Tensor:
-        """Return ones."""
-        return torch.ones_like(losses)
-
-
 class Training:
     """Trains a model on the training splits of a task pair; the model ends in its best state.
 
-    ``save`` gets a checkpoint after each epoch, of tensors and plain values; ``run`` goes on from
-    one.
+    ``save`` gets a checkpoint after each epoch, and inside one where a method trains branches, of
+    tensors and plain values; ``run`` goes on from one.
     """
 
     def __init__(
@@ -57,7 +41,8 @@ class Training:
         observer: Observer,
         save: Save = lambda state: None,
     ) -> None:
-        self.model, self.objectives, self.validation = model, objectives, splits.validation
+        self.model, self.objectives = model, objectives
+        self.validation, self.meta = splits.validation, splits.meta
         self.recipe, self.device, self.observer, self.save = recipe, device, observer, save
         self.costs, self.place = Costs(), Place()
         self.diagnostics: dict[str, float] = {}  # means over the epochs that have them
@@ -94,7 +79,7 @@ class Training:
         return best
 
     def checkpoint(self, under_way: PhaseRun) -> dict[str, Any]:
-        """Return what a run needs to go on after an epoch."""
+        """Return what a run needs to go on from where a phase is."""
         return {
             "position": under_way.position,
             "phase": under_way.state(),
@@ -146,44 +131,23 @@ class PhaseRun:
         self.best = best if phase.select == "best" else None
         self.kept = self._snapshot()
         self.kept_is_current = True
-        model, recipe = training.model, training.recipe
-        self.heads = [model.own_head(k) for k in phase.objectives]
-        self.surgery = self._make_surgery()
-        self.optimizer = make_optimizer(
-            recipe.optimizer,
-            [*model.shared.parameters(), *(p for head in self.heads for p in head.parameters())],
-        )
-        self.ledger = Ledger(len(phase.objectives), training.device)
-        self.clock = StepClock(training.device)
+        self.trainer = self._make_trainer()
 
-    def _make_surgery(self) -> Surgery:
-        recipe, objectives = self.training.recipe, self.phase.objectives
-        acts = 0 in objectives and len(objectives) > 1
-        surgery = Surgery(
-            recipe.method if acts else Sum(),
-            self.training.model.shared,
-            self.heads,
-            objectives=len(objectives),
-            steps_per_epoch=recipe.budget.steps_per_epoch,
-            seed=recipe.seed,
-            scale=recipe.scale if acts else "paper",
-            name=recipe.method_name,
-        )
-        surgery.index = self.start
-        return surgery
+    def _make_trainer(self) -> EpochTrainer:
+        training, method = self.training, self.training.recipe.method
+        place = training, self.phase, self.position, self.start
+        if isinstance(method, Branching) and method_acts(self.phase):
+            return BranchedEpochs(*place, method, self._save)
+        return JointSteps(*place)
 
     def run(self) -> Selection:
         """Train until the epochs or the patience end; the model is then in the state kept."""
         training, phase = self.training, self.phase
         while not self._over():
-            training_mode(training.model, training.recipe.architecture.batch_norm)
-            self.clock.mark()
-            for _ in range(training.recipe.budget.steps_per_epoch):
-                self._take_step()
-                self.clock.mark()
+            trained = self.trainer.train(self.epoch)
             self.epoch += 1
-            self._close_epoch()
-            training.save(training.checkpoint(self))
+            self._close_epoch(trained)
+            self._save()
         training.model.load_state_dict(self.kept)
         if 0 not in phase.objectives:
             training.reestimate_statistics()
@@ -193,24 +157,22 @@ class PhaseRun:
         return dataclasses.replace(self.best, value=None)
 
     def state(self) -> dict[str, Any]:
-        """Return what this phase needs to go on after an epoch."""
+        """Return what this phase needs to go on."""
         return {
             "epoch": self.epoch,
             "since_best": self.since_best,
             "best": None if self.best is None else dataclasses.asdict(self.best),
             "kept": None if self.kept_is_current else self.kept,
-            "optimizer": self.optimizer.state_dict(),
-            "surgery": self.surgery.state_dict(),
+            "trainer": self.trainer.state(),
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        """Go on after the epoch that ``state`` was made at; the model is as it was then."""
+        """Go on from where ``state`` was made; the model is as it was then."""
         self.epoch, self.since_best = state["epoch"], state["since_best"]
         self.best = None if state["best"] is None else Selection(**state["best"])
         self.kept_is_current = state["kept"] is None
         self.kept = self._snapshot() if self.kept_is_current else state["kept"]
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.surgery.load_state_dict(state["surgery"])
+        self.trainer.load(state["trainer"])
 
     def _over(self) -> bool:
         patient = self.phase.select == "last" or (
@@ -218,49 +180,13 @@ class PhaseRun:
         )
         return self.epoch >= self.phase.epochs or not patient
 
-    def _take_step(self) -> None:
-        training, surgery, losses = self.training, self.surgery, self.training.losses
-        index = surgery.index
-        training.place.step = index
-        training.observer.step(self.phase.name)
-        self._set_rate(index - self.start)
-        self.optimizer.zero_grad()
-        with_primary = 0 in self.phase.objectives
-        surgery.backward(
-            *(
-                [losses.closure(k, index, b, with_primary) for b in range(surgery.method.batches)]
-                for k in self.phase.objectives
-            ),
-            sketch=lambda samples: losses.sketch(samples, index),
-            heldout=losses.heldout(index),
-        )
-        training.place.objective = None
-        limit = training.recipe.optimizer.clip
-        clip_shared(surgery.direction, limit)
-        for head in self.heads:
-            clip_head(head, limit)
-        self.optimizer.step()
-        surgery.after_step()
-        training.costs.backward_passes += surgery.backward_passes
-        surgery.backward_passes = 0
-        self.ledger.note(surgery.step, not isinstance(surgery.method, Scalarization))
+    def _save(self) -> None:
+        self.training.save(self.training.checkpoint(self))
 
-    def _set_rate(self, step: int) -> None:
-        recipe = self.training.recipe
-        rate = learning_rate(
-            recipe.optimizer, recipe.budget, step, self.phase.epochs, self.position > 0
-        )
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-
-    def _close_epoch(self) -> None:
+    def _close_epoch(self, trained: Trained) -> None:
         training, phase, recipe = self.training, self.phase, self.training.recipe
-        seconds = self.clock.close_epoch()
+        means, seconds = trained
         training.costs.steps += seconds
-        means, bad = self.ledger.close_epoch()
-        if bad is not None:
-            name = training.objectives[phase.objectives[bad[1]]].name
-            raise NonFiniteLossError(phase.name, bad[0], name)
         primary = training.objectives[0]
         here = self.start + self.epoch * recipe.budget.steps_per_epoch
         found = evaluate(
@@ -277,6 +203,7 @@ class PhaseRun:
         losses = {
             training.objectives[k].name: means.pop(f"loss {row}")
             for row, k in enumerate(phase.objectives)
+            if f"loss {row}" in means  # a method need not train every objective in branches
         }
         training.keep_diagnostics(means)
         training.epochs_seen += 1
@@ -290,7 +217,7 @@ class PhaseRun:
                 diagnostics=means,
                 validation=found.metrics,
                 best=better and phase.select == "best",
-                steps_per_second=len(seconds) / sum(seconds),
+                steps_per_second=len(seconds) / sum(seconds) if seconds else 0.0,
             )
         )
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 Field = NDArray[Any]  # float32, (N, H, W) or what broadcasts to it
 
-HEIGHT, WIDTH = 128, 156  # pixels, in the proportions of most films of the small release
+HEIGHT, WIDTH = 128, 148  # pixels
 ASPECT = WIDTH / HEIGHT
 
 # the lead letter that says which side is the patient's left
@@ -112,7 +112,7 @@ def grid(chests: Chests) -> tuple[Field, Field]:
 def develop(attenuation: Field, chests: Chests, draw: np.random.Generator) -> NDArray[np.uint8]:
     """Return films from attenuations: quantum noise, window, edges of the collimated beam."""
     count = len(attenuation)
-    grain = draw.standard_normal((count, HEIGHT, WIDTH), dtype=np.float32)
+    grain: Field = draw.standard_normal((count, HEIGHT, WIDTH), dtype=np.float32)
     grain = grain + 0.7 * noise(draw, count, HEIGHT // 3)
     portable = wide(chests.portable)
     dense = np.clip(attenuation, 0, 1.4)

@@ -61,7 +61,8 @@ def _wave(phase: Field) -> Field:
 
 
 def _length(x: Field, y: Field) -> Field:
-    return np.sqrt(x * x + y * y)
+    length: Field = np.sqrt(x * x + y * y)
+    return length
 
 
 def _triangle(x: Field, y: Field) -> Field:

@@ -46,6 +46,7 @@ COLUMNS = (
 
 def draw_films(folder: Path) -> None:
     """Write ``train.csv``, ``valid.csv`` and their films, in the layout of the small release."""
+    folder.mkdir()
     for split in PATIENTS:
         rows, chests, is_lateral = _patients(split)
         with (folder / f"{split}.csv").open("w", encoding="utf-8", newline="") as file:
@@ -198,7 +199,7 @@ def _filmed(
         "portable": portable[study] & ~is_lateral,
         "turn": draw.normal(0, 0.035, films),
         "shift": draw.normal(0, 0.035, (films, 2)),
-        "zoom": draw.normal(1, 0.04, films),
+        "zoom": draw.normal(0.94, 0.035, films),
         "exposure": draw.normal(0, 0.14, films),
         "both": both[study],
         "place": places[study],

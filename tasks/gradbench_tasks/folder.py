@@ -102,9 +102,9 @@ class Folder(TaskPair):
     auxiliary: Annotated[
         str, Location(), "folder of class folders, or CSV, of the task with plenty of data"
     ] = ""
-    labels: Annotated[str, "columns that are labels, a,b,c; none: all, unless there is `label`"] = (
-        ""
-    )
+    labels: Annotated[
+        str, "columns of a CSV to read as labels, as a,b,c; none is all, or the class in `label`"
+    ] = ""
     size: Annotated[int, Valid(8, 2048), "pixels a side that images are scaled to"] = 64
     mirror: Annotated[
         bool, "mirror training images by chance; not for writing, films or whatever has sides"

@@ -17,7 +17,6 @@ import pytest
 from torch import nn
 
 import gradbench
-from gradbench.backbones import TimmTrunk
 from gradbench.config import Request
 from gradbench.display import Display
 from gradbench.errors import (
@@ -30,6 +29,7 @@ from gradbench.errors import (
     PluginError,
     RecordError,
 )
+from gradbench.objectives import Classification
 from gradbench.result import RunFolder, RunResult
 from gradbench.runner import Outcome, execute
 from gradbench_tasks.digits import Digits
@@ -438,7 +438,7 @@ class TestRun:
         def fail(*_: object) -> None:
             raise ZeroDivisionError
 
-        monkeypatch.setattr(TimmTrunk, "forward", fail)
+        monkeypatch.setattr(Classification, "loss", fail)
         with pytest.raises(PluginError, match="ZeroDivisionError") as caught:
             gradbench.run("weighted-sum", "digits", device="cpu", settings=SHORT)
         assert isinstance(caught.value.__cause__, ZeroDivisionError)
