@@ -184,9 +184,7 @@ def unmoved_statistics(*modules: nn.Module) -> Iterator[None]:
     norms = [m for module in modules for m in module.modules() if isinstance(m, _BatchNorm)]
     tracked = [norm.track_running_stats for norm in norms]
     for norm in norms:
-        # in training this hides the running statistics from the layer; in evaluation a layer
-        # without them would use the batch's, so there it stays as it is
-        norm.track_running_stats = norm.track_running_stats and not norm.training
+        norm.track_running_stats = False  # hides them from a layer in training, and only there
     try:
         yield
     finally:

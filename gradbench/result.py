@@ -122,7 +122,7 @@ class Diagnostics(_Part):
 
     ``cosine`` in [-1, 1] between the primary and an auxiliary gradient; the rest are shares in
     [0, 1]: of steps in conflict, of the auxiliary gradient's squared norm, and of the primary
-    gradient's squared norm inside the basis.
+    gradient's squared norm inside the basis; of steps in which a method fell back on another.
     """
 
     cosine: FiniteFloat | None = None
@@ -131,6 +131,7 @@ class Diagnostics(_Part):
     bad_share: FiniteFloat | None = None
     neutral_share: FiniteFloat | None = None
     captured_energy: FiniteFloat | None = None
+    fallback_rate: FiniteFloat | None = None
 
 
 class RunResult(_Part):

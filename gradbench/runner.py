@@ -23,7 +23,7 @@ from gradbench.errors import (
 from gradbench.execution import Execution, now
 from gradbench.fields import locations_of
 from gradbench.files import make_folder
-from gradbench.method import kind_of
+from gradbench.method import Plan, kind_of
 from gradbench.result import (
     PROTOCOL,
     BackboneRecord,
@@ -120,6 +120,7 @@ def execute(request: Request, display: Display) -> Outcome:
             f"Expected {len(objectives)} training sets from task {request.task!r}, one an "
             f"objective, found {1 + len(splits.auxiliaries)}."
         )
+    _check_phases(config, len(objectives))
     built = build(
         config.architecture,
         objectives,
@@ -178,6 +179,13 @@ def execute(request: Request, display: Display) -> Outcome:
             display,
         ).run()
         return Outcome(result, folder, repeated=False, error=error)
+
+
+def _check_phases(config: RunConfig, objectives: int) -> None:
+    """Let the method refuse a budget before anything is written."""
+    budget = config.budget
+    plan = Plan(objectives, budget.steps_per_epoch, budget.epochs, budget.fine_tune_epochs)
+    config.method.phases(plan)
 
 
 def _changes(before: Environment, after: Environment) -> str:

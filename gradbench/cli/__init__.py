@@ -49,7 +49,7 @@ def _status(arguments: list[str]) -> int:
                 f"'gradbench' {foreign} installed beside it; run `pip uninstall gradbench`, then "
                 "reinstall gradbench-surgery."
             )
-        code = app(args=arguments, prog_name="gradbench", standalone_mode=False)
+        code = app(args=arguments or ["--help"], prog_name="gradbench", standalone_mode=False)
         if code == INTERRUPTED:  # what typer makes of a KeyboardInterrupt, without a word
             raise KeyboardInterrupt
         return code if isinstance(code, int) else 0

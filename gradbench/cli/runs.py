@@ -11,7 +11,7 @@ import typer
 from gradbench.errors import FieldError
 
 if TYPE_CHECKING:
-    from gradbench.result import RunResult
+    from gradbench.result import RunFolder, RunResult
     from gradbench.runner import Outcome
 
 
@@ -94,12 +94,15 @@ def _parse(settings: list[str]) -> dict[str, object]:
         key, equals, value = setting.partition("=")
         if not equals or not key:
             raise FieldError(f"Expected --set KEY=VALUE, found {setting!r}.")
+        if key.strip() in given:
+            raise FieldError(f"Expected --set {key.strip()} once, found it twice.")
         given[key.strip()] = value
     return given
 
 
 def _show(outcome: Outcome) -> None:
     from rich.console import Console
+    from rich.panel import Panel
     from rich.table import Table
 
     result = outcome.result
@@ -110,8 +113,21 @@ def _show(outcome: Outcome) -> None:
     table.add_column(overflow="fold")
     for name, value in _rows(result):
         table.add_row(name, value)
-    table.add_row("record", str(outcome.folder.result))
-    Console().print(table)
+    for name, path in _places(outcome.folder):
+        table.add_row(name, path)
+    title = f"{result.method.name} on {result.task.name}"
+    Console().print(Panel(table, title=title, title_align="left", expand=False))
+
+
+def _places(folder: RunFolder) -> list[tuple[str, str]]:
+    """Return where things are, those that exist."""
+    places = [
+        ("record", folder.result),
+        ("predictions", folder.predictions),
+        ("model", folder.weights),
+        ("curves", folder.path / "figures" / "curves.png"),
+    ]
+    return [(name, str(path)) for name, path in places if path.exists()]
 
 
 def _rows(result: RunResult) -> list[tuple[str, str]]:
@@ -131,8 +147,8 @@ def _rows(result: RunResult) -> list[tuple[str, str]]:
         for name, value in metrics.test.items():
             lead = f", {arrow} is better" if name == metric.name else ""
             rows.append((f"test {name}", f"{value:.4f}  ({sizes.test} examples{lead})"))
-        for name, value in metrics.validation.items():
-            rows.append((f"validation {name}", f"{value:.4f}  ({sizes.validation} examples)"))
+        value = metrics.validation[metric.name]
+        rows.append((f"validation {metric.name}", f"{value:.4f}  ({sizes.validation} examples)"))
         where = f"{selection.phase}, epoch {selection.epoch}, step {selection.step}"
         rows.append(("selected", where))
     rows += [

@@ -13,7 +13,6 @@ DRAWS = 10  # divisions of groups, of which the most even is taken; groups of on
 EVERYTHING = -1  # a mark that every example has
 
 Bundle = Counter[int]  # how many examples of a group have each mark
-Wishes = dict[int, list[float]]  # how many examples of a mark each part still wants
 Unevenness = tuple[int, float]  # parts without a mark, and examples away from what was wished
 
 
@@ -30,8 +29,9 @@ def divide(
     mark of at least as many examples as there are parts goes to every part, if groups allow.
 
     Source: iterative stratification, Sechidis et al. 2011, doi:10.1007/978-3-642-23808-6_10.
-    Departs from it: whole groups are handed out; all of the rarest mark's at once; and no part
-    wants less than one example of a mark if there are enough.
+    Departs from it: whole groups are handed out, all of the rarest mark's at once; no part wants
+    less than one example of a mark if there are enough, and the last groups of a mark go to the
+    parts that have none.
     """
     places: dict[object, list[int]] = {}
     for place in range(len(marks)):
@@ -56,25 +56,38 @@ def _draw(
     left: Bundle = Counter()
     for bundle in bundles:
         left.update(bundle)
+    every = range(len(shares))
     wishes = {mark: _wishes(count, shares) for mark, count in left.items()}
-    nothing = {(mark, part) for mark in wishes for part in range(len(shares))}
+    without = {mark: set(every) for mark in left}
     having: dict[int, list[int]] = {mark: [] for mark in left}
-    for place in random.permutation(len(bundles)).tolist():
+    # at random, but a large group rather early, while there is room for it in every part
+    order = random.exponential(size=len(bundles)) / [bundle[EVERYTHING] for bundle in bundles]
+    for place in np.argsort(order, kind="stable").tolist():
         for mark in bundles[place]:
             having[mark].append(place)
+    waiting = {mark: len(places) for mark, places in having.items()}
     ties = random.permutation(len(shares)).tolist()
     parts = [-1] * len(bundles)
     while left:
-        mark = min(left, key=lambda mark: (left[mark], mark))  # the rarest has the least choice
+        # the rarest has the least choice, what every example has comes last
+        mark = min(left, key=lambda mark: (left[mark], mark == EVERYTHING, mark))
         for place in having[mark]:
-            if parts[place] < 0:
-                parts[place] = part = _most_wanting(wishes, mark, ties)
-                for other, count in bundles[place].items():
-                    wishes[other][part] -= count
-                    left[other] -= count
-                    nothing.discard((other, part))
+            if parts[place] >= 0:
+                continue
+            # the last groups of a mark are kept for the parts that have none yet
+            is_last = len(having[mark]) >= len(shares) and waiting[mark] <= len(without[mark])
+            parts[place] = part = max(
+                without[mark] if is_last else every,
+                key=lambda part: (wishes[mark][part], wishes[EVERYTHING][part], ties[part]),
+            )
+            for other, count in bundles[place].items():
+                wishes[other][part] -= count
+                left[other] -= count
+                waiting[other] -= 1
+                without[other].discard(part)
         del left[mark]
-    return (len(nothing), sum(abs(wish) for each in wishes.values() for wish in each)), parts
+    lacking = sum(len(each) for each in without.values())
+    return (lacking, sum(abs(wish) for each in wishes.values() for wish in each)), parts
 
 
 def _wishes(count: int, shares: Sequence[float]) -> list[float]:
@@ -84,10 +97,3 @@ def _wishes(count: int, shares: Sequence[float]) -> list[float]:
     if count < parts or not sum(above):
         return [share * count for share in shares]
     return [1 + each * (count - parts) / sum(above) for each in above]
-
-
-def _most_wanting(wishes: Wishes, mark: int, ties: Sequence[int]) -> int:
-    return max(
-        range(len(ties)),
-        key=lambda part: (wishes[mark][part], wishes[EVERYTHING][part], ties[part]),
-    )

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,24 +17,15 @@ from gradbench.losses import mean_loss
 from gradbench.method import Branching, Phase, Setup, load_state, saved_state
 from gradbench.model import training_mode
 from gradbench.task import ExampleSet
+from gradbench.training.answers import Answers, Moved
 from gradbench.training.batches import Batches, to_device
-from gradbench.training.epochs import EpochTrainer, Trained
+from gradbench.training.epochs import EpochTrainer, TrainedEpoch
 from gradbench.training.evaluation import BATCH, autocast, evaluate
 from gradbench.training.ledger import NEVER, Ledger
 from gradbench.training.optimization import clip_head
 
 if TYPE_CHECKING:
     from gradbench.training.loop import Training
-
-WORTH = 10  # a checkpoint inside an epoch saves at least so many times the work of making one
-
-
-@dataclass(frozen=True)
-class Moved(Branch):
-    """A branch whose weights have moved without their running statistics.
-
-    These are estimated on the primary's training batches when it is evaluated or committed.
-    """
 
 
 class BranchedEpochs(EpochTrainer):
@@ -63,7 +52,7 @@ class BranchedEpochs(EpochTrainer):
         self.branches = TrainerBranches(self)
         self._begin_anew()
 
-    def train(self, epoch: int) -> Trained:
+    def train(self, epoch: int) -> TrainedEpoch:
         """Train one epoch."""
         branches, steps = self.branches, self.branches.steps_per_epoch
         branches.begin(self.start // steps + epoch)
@@ -77,9 +66,7 @@ class BranchedEpochs(EpochTrainer):
         branches.load(branches.start)  # something may have been looked at since
         for _ in range(branches.shown, steps):
             self.training.observer.step(self.phase.name)
-        means = self.ledger.means()
-        means |= {name: float(value) for name, value in branches.recorded.items()}
-        trained = Trained(means, self.seconds)
+        trained = TrainedEpoch(self.ledger.means(branches.recorded), self.seconds)
         self._begin_anew()
         return trained
 
@@ -310,64 +297,6 @@ class TrainerBranches(Branches):
         return self._training.meta
 
 
-class Answers:
-    """What the calls of an epoch were answered so far; ``save`` makes a checkpoint.
-
-    One is made after a call, unless making the last one took more than a tenth of the time since.
-    """
-
-    def __init__(self, save: Callable[[], None]) -> None:
-        self._save = save
-        self._given: list[tuple[str, Any]] = []
-        self._position = 0
-        self._took = self._ended = 0.0  # seconds that the last checkpoint took, and its end
-
-    def get(self, call: str, compute: Callable[[], Any]) -> Any:
-        """Return what this call was answered before the run was cut off, or compute it.
-
-        Raises:
-            ContractError: if another call was made then.
-        """
-        if self._position < len(self._given):
-            before, answer = self._given[self._position]
-            if before != call:
-                raise ContractError(
-                    f"Expected an epoch that begins again to make the same calls, {before!r} now, "
-                    f"found {call!r}; it may depend on its state and branches.rng alone."
-                )
-            self._position += 1
-            return answer
-        answer = compute()
-        self._given.append((call, answer))
-        self._position += 1
-        began = time.perf_counter()
-        if began - self._ended >= WORTH * self._took:
-            self._save()
-            self._ended = time.perf_counter()
-            self._took = self._ended - began
-        return answer
-
-    def have(self, call: str) -> bool:
-        """Say whether such a call was made in this epoch."""
-        return any(made == call for made, _ in self._given)
-
-    def state(self) -> list[tuple[str, Any]]:
-        """Return tensors and plain values for a checkpoint."""
-        return [
-            (call, {"moved": isinstance(answer, Moved), **vars(answer)})
-            if call == "train"
-            else (call, answer)
-            for call, answer in self._given
-        ]
-
-    def load(self, state: Sequence[tuple[str, Any]]) -> None:
-        """Begin an epoch with these answers."""
-        self._given = [
-            (call, _branch(**answer) if call == "train" else answer) for call, answer in state
-        ]
-        self._position = 0
-
-
 class LossLedger(Ledger):
     """Sums the losses of an epoch one by one, across branches and interruptions."""
 
@@ -383,8 +312,10 @@ class LossLedger(Ledger):
         first = int(self._first_bad)
         return None if first == NEVER else divmod(first, len(self._columns))
 
-    def means(self) -> dict[str, float]:
-        """Return the epoch's means by name, and start anew."""
+    def means(self, recorded: Tensors) -> dict[str, float]:
+        """Return the epoch's means by name, and what was recorded of it; start anew."""
+        for name, value in recorded.items():
+            self._add(name, value.detach())
         return self.close_epoch()[0] if self._sums else {}
 
     def state(self) -> dict[str, Any]:
@@ -394,7 +325,3 @@ class LossLedger(Ledger):
     def load(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
         self._sums, self._counts = dict(state["sums"]), dict(state["counts"])
-
-
-def _branch(moved: bool, **parts: Any) -> Branch:
-    return Moved(**parts) if moved else Branch(**parts)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from gradbench.training.loop import Training
 
 
-class Trained(NamedTuple):
+class TrainedEpoch(NamedTuple):
     """What is known of one epoch of training."""
 
     means: dict[str, float]  # of losses, as "loss 0" for row 0, and of diagnostics
@@ -42,7 +42,7 @@ class EpochTrainer(ABC):
         self.clock = StepClock(training.device)
 
     @abstractmethod
-    def train(self, epoch: int) -> Trained:
+    def train(self, epoch: int) -> TrainedEpoch:
         """Train one epoch, the first after ``epoch`` others of the phase.
 
         Raises:
@@ -103,7 +103,7 @@ class JointSteps(EpochTrainer):
         surgery.index = self.start
         return surgery
 
-    def train(self, epoch: int) -> Trained:
+    def train(self, epoch: int) -> TrainedEpoch:
         """Train one epoch."""
         recipe = self.training.recipe
         training_mode(self.training.model, recipe.architecture.batch_norm)
@@ -115,7 +115,7 @@ class JointSteps(EpochTrainer):
         means, bad = self.ledger.close_epoch()
         if bad is not None:
             raise self.fail(*bad)
-        return Trained(means, seconds)
+        return TrainedEpoch(means, seconds)
 
     def state(self) -> dict[str, Any]:
         """Return optimizer and memory of the method."""

@@ -15,7 +15,7 @@ from gradbench.model import Model
 from gradbench.task import Objective, TrainingSplits
 from gradbench.training.batch_norm import reestimate_statistics
 from gradbench.training.branching import BranchedEpochs
-from gradbench.training.epochs import EpochTrainer, JointSteps, Trained, method_acts
+from gradbench.training.epochs import EpochTrainer, JointSteps, TrainedEpoch, method_acts
 from gradbench.training.evaluation import evaluate
 from gradbench.training.ledger import Costs
 from gradbench.training.recipe import Epoch, Observer, Place, Recipe, Selection
@@ -183,7 +183,7 @@ class PhaseRun:
     def _save(self) -> None:
         self.training.save(self.training.checkpoint(self))
 
-    def _close_epoch(self, trained: Trained) -> None:
+    def _close_epoch(self, trained: TrainedEpoch) -> None:
         training, phase, recipe = self.training, self.phase, self.training.recipe
         means, seconds = trained
         training.costs.steps += seconds
@@ -222,26 +222,24 @@ class PhaseRun:
         )
 
     def _select(self, now: Selection, primary: Objective) -> bool:
-        """Keep the present state if it is to be kept; say whether it is."""
-        better = (
-            self.phase.select == "last"
-            or self.best is None
-            or self.best.value is None
-            or _beats(now.value, self.best.value, primary)
-        )
-        if better:
-            self.best, self.kept, self.since_best = now, self._snapshot(), 0
+        """Keep the present state if it is to be kept; say whether it is.
+
+        Of states that validation can not tell apart the later one is kept, for small validation
+        sets have many ties and the first epochs have seen little; patience counts them all the
+        same.
+        """
+        if self.phase.select == "last" or self.best is None or self.best.value is None:
+            lead = 1.0
         else:
-            self.since_best += 1
-        self.kept_is_current = better
-        return better
+            assert now.value is not None  # an epoch that is being closed has been validated
+            difference = now.value - self.best.value
+            lead = difference if primary.higher_is_better else -difference
+        self.kept_is_current = lead >= 0
+        if self.kept_is_current:
+            self.best, self.kept = now, self._snapshot()
+        self.since_best = 0 if lead > 0 else self.since_best + 1
+        return self.kept_is_current
 
     def _snapshot(self) -> dict[str, Tensor]:
         state = self.training.model.state_dict()
         return {name: value.detach().clone() for name, value in state.items()}
-
-
-def _beats(value: float | None, other: float, objective: Objective) -> bool:
-    if value is None:
-        return False
-    return value > other if objective.higher_is_better else value < other

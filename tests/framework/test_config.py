@@ -153,7 +153,7 @@ class TestResolve:
         [({"method": "atittud"}, "attittud"), ({"task": "digit"}, "digits")],
     )
     def test_an_unknown_plug_in_shows_the_nearest(
-        self, changes: dict[str, str], nearest: str
+        self, changes: dict[str, Any], nearest: str
     ) -> None:
         with pytest.raises(PluginNotFoundError, match=f"Did you mean '{nearest}'"):
             config(**changes)

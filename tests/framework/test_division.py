@@ -82,6 +82,15 @@ def test_a_few_uneven_groups_leave_no_part_empty() -> None:
         assert set(parts(classes(40), groups, seed=seed).tolist()) == {0, 1, 2}
 
 
+def test_classes_in_few_groups_reach_every_part_if_they_can() -> None:
+    marks: list[tuple[int, ...]] = [*[(0,)] * 30, *[(1,)] * 3, (0,), (0,)]
+    groups = ["large"] * 30 + ["large", "b", "c", "x", "y"]
+    for seed in range(20):
+        part = parts(marks, groups, seed=seed)
+        assert set(counts(part, marks, 0)) == {30, 1}
+        assert counts(part, marks, 1) == [1, 1, 1]
+
+
 def test_labels_are_divided_together() -> None:
     draw = np.random.default_rng(1)
     truth = draw.random((600, 4)) < [0.5, 0.1, 0.03, 0.3]

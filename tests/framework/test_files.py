@@ -31,9 +31,14 @@ class TestReplacing:
     ) -> None:
         target = tmp_path / "record"
         target.write_text("old")
-        with pytest.raises(error), replacing(target) as temporary:
-            temporary.write_text("half of the n")
-            raise error
+
+        def write_half() -> None:
+            with replacing(target) as temporary:
+                temporary.write_text("half of the n")
+                raise error
+
+        with pytest.raises(error):
+            write_half()
         assert target.read_text() == "old"
         assert names(tmp_path) == ["record"]
 

@@ -71,14 +71,14 @@ class TestLoss:
     def test_gradients_are_finite_and_those_of_unknown_labels_zero(self) -> None:
         target = torch.tensor([[1.0, NAN, 0.0], [NAN, NAN, NAN]])
         output = torch.full((2, 3), 200.0, requires_grad=True)
-        mean_loss(findings().loss(output, target)).backward()
+        torch.autograd.backward(mean_loss(findings().loss(output, target)))
         assert output.grad is not None
         assert_close(output.grad, torch.tensor([[0.0, 0.0, 0.5], [0.0, 0.0, 0.0]]))
 
     def test_without_anything_known_it_is_zero(self) -> None:
         output = torch.randn(2, 3, generator=torch.Generator().manual_seed(0), requires_grad=True)
         loss = mean_loss(findings().loss(output, torch.full((2, 3), NAN)))
-        loss.backward()
+        torch.autograd.backward(loss)
         assert float(loss.detach()) == 0
         assert output.grad is not None
         assert not output.grad.any()
@@ -165,7 +165,9 @@ class TestEvaluation:
     @pytest.mark.parametrize("objective", [findings(), Constant("findings", LABELS, margin=0.02)])
     def test_a_first_metric_that_is_undefined_is_an_error(self, objective: MultiLabel) -> None:
         target = np.full((5, 3), NAN, dtype=np.float32)
-        with pytest.raises(DataError, match="test split on which auroc.* of 'findings' is defined"):
+        with pytest.raises(
+            DataError, match=r"test split on which auroc.* of 'findings' is defined"
+        ):
             self.evaluated(objective, target)
 
 

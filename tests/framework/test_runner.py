@@ -76,7 +76,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def make(
-    request: Request = BASE, say: Callable[[str], None] = lambda line: None, **settings: object
+    request: Request = BASE, say: Callable[[str], None] = lambda line: None, **settings: Any
 ) -> Outcome:
     keys = {key.replace("__", "."): value for key, value in settings.items()}
     return execute(replace(request, settings={**request.settings, **keys}), Display(say))
@@ -179,7 +179,7 @@ class TestEqualBits:
     def test_a_weight_of_zero_is_the_primary_alone(
         self, home: Path, backbone: str, dropout: float
     ) -> None:
-        settings = {"model__backbone": backbone, "model__dropout": dropout}
+        settings: dict[str, Any] = {"model__backbone": backbone, "model__dropout": dropout}
         weighted = make(**settings, task__auxiliary_weight=0)
         alone = make(replace(BASE, method="primary-only"), **settings)
         assert weighted.error is alone.error is None
@@ -213,7 +213,10 @@ class TestEqualBits:
 
     def test_unequal_batch_statistics_are_seen(self, home: Path) -> None:
         """The policy matters, or the equality above would say nothing about batch norm."""
-        settings = {"model__backbone": "test_resnet", "task__auxiliary_weight": 0}
+        settings: dict[str, Any] = {
+            "model__backbone": "test_resnet",
+            "task__auxiliary_weight": 0,
+        }
         primary, shared = (
             make(**settings, model__batch_norm=policy) for policy in ("primary", "shared")
         )

@@ -23,7 +23,7 @@ from gradbench.errors import (
     UnknownKeyError,
 )
 from gradbench.gradients import FlatGradients
-from gradbench.heldout import HeldOutExamples
+from gradbench.heldout import HeldOutBatch, HeldOutExamples
 from gradbench.losses import Scored
 from gradbench.method import (
     Aggregation,
@@ -1054,6 +1054,14 @@ class TestHeldOut:
         assert last < 0.9 * first
         assert not features.requires_grad
         equal(surgery.direction, surgery.step.jacobian.sum(0))
+
+    def test_features_have_no_graph_wherever_they_are_asked_for(self) -> None:
+        made = bench("conv")
+        batch = HeldOutBatch(held_out(made), FlatGradients(list(made.trunk.parameters())), 0)
+        assert not batch.features.requires_grad
+        assert batch.features is batch.features
+        with torch.no_grad():
+            assert batch.loss(batch.features, made.heads[0]).requires_grad
 
     def test_new_heads_depend_on_the_seed_alone(self) -> None:
         made = bench("conv")

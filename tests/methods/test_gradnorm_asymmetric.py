@@ -21,7 +21,7 @@ from gradbench_methods.gradnorm_asymmetric import GradNormAsymmetric
 
 PARAMETERS = 10
 HALF = PARAMETERS // 2  # the second half of the parameters is the layer that GradNorm reads
-STEPS = 30
+STEPS = 15
 ROUND_OFF = 1e-12  # float64, after as many steps of Adam as above
 
 
