@@ -235,6 +235,28 @@ class RunFolder:
         """Write the record, whole or not at all."""
         write_json(self.result, result.as_json())
 
+    def check_config(self, identity: dict[str, Any]) -> None:
+        """Check that what is in the folder was made for ``identity``.
+
+        Raises:
+            RecordError: if it was made for something else, or can not be read.
+        """
+        path = self.path / "config.json"
+        if not path.exists():
+            return
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))["identity"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise RecordError(
+                f"Expected the configuration of this run in {path}, found a damaged file "
+                f"({type(error).__name__}). Move the folder away and run again."
+            ) from error
+        if found != json.loads(json.dumps(identity)):
+            raise RecordError(
+                f"Expected the configuration of this run in {path}, found that of another. "
+                "Move the folder away and run again."
+            )
+
     def write_config(self, config: dict[str, Any]) -> None:
         """Write what was asked for."""
         write_json(self.path / "config.json", config)

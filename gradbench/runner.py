@@ -138,6 +138,7 @@ def execute(request: Request, display: Display) -> Outcome:
     folder = RunFolder(root / run_id(identity))
     make_folder(folder.path)
     with _alone(folder):
+        folder.check_config(identity)
         found = folder.read()
         if found is not None and found.status == "ok":
             return Outcome(found, folder, repeated=True, error=None)

@@ -413,7 +413,8 @@ class TestRun:
         assert result.metrics is not None
         assert list(result.metrics.test) == ["accuracy"]
         found = splits(pair(data / "my", data / "big"))
-        assert any("train 21, validation 7, test 8, auxiliary 60" in line for line in files)
+        sizes = [f"{name} {len(part)}" for name, part in parts(found).items()]
+        assert any(f"{', '.join(sizes)}, auxiliary 60" in line for line in files)
         [end] = [place for place, name in enumerate(files) if name.startswith("joint")]
         first = {name: files.index(str(data / "my" / name)) for name in found.test.ids}
         assert min(first.values()) > end
