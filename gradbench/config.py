@@ -146,6 +146,26 @@ def resolve(request: Request) -> RunConfig:
     )
 
 
+def resolve_task(
+    name: str, preset_name: str, settings: Mapping[str, object]
+) -> tuple[TaskPair, Preset]:
+    """Return a task pair with its own settings, and a preset of it, for looking at its data.
+
+    Raises:
+        PluginNotFoundError, PluginError: if the task is not installed or broken.
+        UnknownKeyError, FieldError: if a setting does not exist or is not accepted.
+    """
+    plugin = registry.load_class(registry.TASKS, name, TaskPair)
+    preset = _preset(plugin, preset_name)
+    known = [f"task.{field}" for field in fields_of(plugin.obj)]
+    for key in settings:
+        if key not in known:
+            raise UnknownKeyError(key, known)
+    given = {**preset.settings, **settings}
+    values = {key.removeprefix("task."): given[key] for key in known if key in given}
+    return plugin.obj(**convert_all(plugin.obj, values, "task")), preset
+
+
 def with_shortcuts(
     settings: Mapping[str, object], shortcuts: Mapping[str, object]
 ) -> dict[str, object]:

@@ -8,7 +8,7 @@ import traceback
 import typer
 from typer.exceptions import TyperException
 
-from gradbench.cli import listings, models, runs, tracked
+from gradbench.cli import data, listings, models, runs, tracked
 from gradbench.errors import GradBenchError
 from gradbench.registry import foreign_distribution
 
@@ -30,6 +30,7 @@ app.command("backbones")(listings.backbones)
 app.command("info")(listings.info)
 app.command("predict")(models.predict)
 app.command("export-model")(models.export_model)
+app.add_typer(data.app, name="data")
 app.command("sync")(tracked.sync)
 app.command("ui")(tracked.ui)
 

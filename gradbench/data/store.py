@@ -45,11 +45,12 @@ def locate(
     """
     real = real_folder(name)
     missing = task.missing(real) if "real" in task.sources else f"{name} is drawn, never real."
-    if wanted == "real" or (wanted == "auto" and missing is None):
+    has_sample = "sample" in task.sources
+    if wanted == "real" or (wanted == "auto" and (missing is None or not has_sample)):
         if missing is not None:
             raise DataError(f"Expected the real data of {name!r}. {missing}")
         return "real", real
-    if "sample" not in task.sources:
+    if not has_sample:
         reason = missing or "Its real data is always there: leave --data out."
         raise DataError(f"Expected a task with sample data, found {name!r}. {reason}")
     if wanted == "auto":

@@ -102,4 +102,7 @@ def awkward_jacobians(parameters: int, dtype: torch.dtype) -> dict[str, Tensor]:
         "one coordinate": plain * torch.eye(1, parameters, dtype=dtype),
         "tiny primary": torch.stack([first * 1e-8, second, third]),
         "huge primary": torch.stack([first * 1e8, second, third]),
+        # in float32 the square of such a row is 0, its products with the others are not
+        "primary without square": torch.stack([first * 1e-25, second, third]),
+        "auxiliary without square": torch.stack([first, second * 1e-25, third]),
     }

@@ -315,7 +315,7 @@ class LossLedger(Ledger):
     def means(self, recorded: Tensors) -> dict[str, float]:
         """Return the epoch's means by name, and what was recorded of it; start anew."""
         for name, value in recorded.items():
-            self._add(name, value.detach())
+            self._add(name, value.detach().to(self._columns.device))
         return self.close_epoch()[0] if self._sums else {}
 
     def state(self) -> dict[str, Any]:

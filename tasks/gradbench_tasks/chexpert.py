@@ -132,15 +132,19 @@ class CheXpert(TaskPair):
             (films / "train", films.joinpath("train").is_dir()),
             (pictures, pictures.is_dir()),
         ]
-        absent = [str(path) for path, is_there in wanted if not is_there]
+        absent = [
+            str(path.relative_to(folder) if path.is_relative_to(folder) else path)
+            for path, is_there in wanted
+            if not is_there
+        ]
         if not absent:
             return None
         return (
-            f"Missing: {listed(absent)}. Films: request access to {RELEASES[0]} from the Stanford "
-            f"AIMI Center's shared datasets, unpack it, with its own folder's name, into {folder}, "
-            "or say --set task.films=FOLDER. Pictures: unpack tiny-imagenet-200.zip, of Stanford's "
-            f"course CS231n, into {folder}, or say --set task.auxiliary=FOLDER for any folder of "
-            "class folders."
+            f"Missing in {folder}: {listed(absent)}. Films: request access to {RELEASES[0]} from "
+            "the Stanford AIMI Center's shared datasets, unpack it there, in a folder of that "
+            "name, or say --set task.films=FOLDER. Pictures: unpack tiny-imagenet-200.zip, of "
+            "Stanford's course CS231n, there, or say --set task.auxiliary=FOLDER for any folder "
+            "of class folders."
         )
 
     def draw_sample(self, folder: Path) -> None:

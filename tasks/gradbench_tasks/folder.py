@@ -56,8 +56,8 @@ class FromFiles:
 class FolderClasses(FromFiles, Classification):
     """Tell the classes of images apart."""
 
-    def __init__(self, name: str, classes: int, size: int, mirror: bool) -> None:
-        super().__init__(name, classes, margin=MARGIN)
+    def __init__(self, name: str, classes: tuple[str, ...], size: int, mirror: bool) -> None:
+        super().__init__(name, len(classes), margin=MARGIN, labels=classes)
         self.size, self.mirror = size, mirror
 
 
@@ -138,9 +138,34 @@ class Folder(TaskPair):
         return tuple(
             FolderLabels(name, table.names, self.size, self.mirror)
             if table.is_multilabel
-            else FolderClasses(name, len(table.names), self.size, self.mirror)
+            else FolderClasses(name, table.names, self.size, self.mirror)
             for name, table in zip(("primary", "auxiliary"), self._tables, strict=True)
         )
+
+    def missing(self, folder: Path) -> str | None:
+        """Say which of the two places is not set, or is none; ``folder`` is not looked into."""
+        places = self._locations()
+        unset = [name for name in ("primary", "auxiliary") if name not in places]
+        if unset:
+            return (
+                f"Say where they are: {' '.join(f'--set task.{name}=PATH' for name in unset)}, a "
+                "folder with a folder of images a class, or a CSV with the columns path and label."
+            )
+        absent = [f"{place} (task.{name})" for name, place in places.items() if not place.exists()]
+        return f"There is nothing at {' and '.join(absent)}." if absent else None
+
+    def _locations(self) -> dict[str, Path]:
+        """Return the places that are set."""
+        given = {"primary": self.primary, "auxiliary": self.auxiliary}
+        return {name: Path(text).expanduser() for name, text in given.items() if text.strip()}
+
+    def read(self, files: Sequence[Path]) -> ImageFiles:
+        primary = self._tables[0]
+        unknown = torch.zeros(len(files), dtype=torch.int64)
+        if primary.is_multilabel:
+            unknown = torch.full((len(files), len(primary.names)), torch.nan)
+        names = [str(file) for file in files]
+        return ImageFiles(names, files, {"target": unknown}, size=self.size)
 
     def splits(self, source: Source, folder: Path, preset: Preset, seed: int) -> Splits:
         primary, auxiliary = self._tables
@@ -164,17 +189,10 @@ class Folder(TaskPair):
     @functools.cached_property
     def _tables(self) -> tuple[Table, Table]:
         """What the primary and the auxiliary data are; read once, for heads and for splits."""
-        places = {"primary": self.primary, "auxiliary": self.auxiliary}
-        if unset := [f"task.{name}" for name, place in places.items() if not place.strip()]:
-            raise FieldError(
-                f"Expected the place of your own images in {' and '.join(unset)}, found nothing; "
-                f"pass {' '.join(f'--set {name}=PATH' for name in unset)}, a folder with a folder "
-                "of images a class, or a CSV with the columns path and label."
-            )
+        if missing := self.missing(Path()):
+            raise FieldError(f"Expected your own images, found none. {missing}")
         labels = [name.strip() for name in self.labels.split(",") if name.strip()]
-        primary, auxiliary = (
-            read_table(Path(place).expanduser(), labels) for place in places.values()
-        )
+        primary, auxiliary = (read_table(place, labels) for place in self._locations().values())
         known = [
             name for table in (primary, auxiliary) if table.is_multilabel for name in table.names
         ]

@@ -218,7 +218,7 @@ class Everything(Branching):
         forks.sort(key=branches.evaluate, reverse=True)
         shares = [0.5, 0.3, 0.2]
         branches.commit(branches.merge(forks, shares))
-        branches.state["past"].grad = branches.gradient(branches.start)
+        branches.state["past"].grad = branches.gradient(branches.start).mul_(2)
         branches.state["adam"].step()
         alone = branches.train(torch.tensor([0.0, 1, 0]), 1)
         branches.record(value=torch.tensor(branches.evaluate(alone)), odd=torch.tensor(np.nan))

@@ -272,3 +272,7 @@ class TestRightSingularRows:
     def test_any_scale(self, scale: float, dtype: torch.dtype) -> None:
         tolerance = PRODUCTS if dtype == torch.float64 else 1e-5
         self.check((normal(5, 30) * scale).to(dtype), rank=5, tolerance=tolerance)
+
+    @pytest.mark.parametrize("scale", [1e-90, 1e90])
+    def test_scales_whose_fourth_power_no_number_holds(self, scale: float) -> None:
+        self.check(normal(5, 30) * scale, rank=5)

@@ -23,7 +23,7 @@ from gradbench.training.evaluation import Evaluation
 SHORT = {"budget.epochs": 2, "budget.steps_per_epoch": 3, "budget.fine_tune_epochs": 1}
 HOPELESS = {**SHORT, "optimizer.lr": 1e6, "optimizer.clip": 0, "optimizer.warmup_epochs": 0}
 
-# every field of the record, part by part
+# what a record holds at least, part by part; the schema allows nothing that it does not ask for
 FIELDS = {
     "": {
         *("schema", "protocol", "run_id", "status", "error", "started", "ended", "attempts"),
@@ -115,30 +115,30 @@ class TestSchema:
     ) -> None:
         record = stored(attittud)
         record["error"] = dict.fromkeys(FIELDS["error"]) | {"type": "x", "message": "x"}
-        jsonschema.validate(record, json_schema())
-        for name in FIELDS[path]:
+        check = jsonschema.Draft202012Validator(json_schema())
+        assert check.is_valid(record)
+        assert FIELDS[path] <= set(part(record, path))
+        for name in part(record, path):
             poorer = copy.deepcopy(record)
             del part(poorer, path)[name]
-            with pytest.raises(jsonschema.ValidationError):
-                jsonschema.validate(poorer, json_schema())
+            assert not check.is_valid(poorer), name
         richer = copy.deepcopy(record)
         part(richer, path)["unheard of"] = 1
-        with pytest.raises(jsonschema.ValidationError):
-            jsonschema.validate(richer, json_schema())
+        assert not check.is_valid(richer)
 
     def test_the_states_are_these(self, attittud: Outcome) -> None:
         record = stored(attittud)
+        check = jsonschema.Draft202012Validator(json_schema())
         for status in ("ok", "failed", "nan", "oom", "timeout", "interrupted"):
-            jsonschema.validate({**record, "status": status}, json_schema())
-        with pytest.raises(jsonschema.ValidationError):
-            jsonschema.validate({**record, "status": "done"}, json_schema())
+            assert check.is_valid({**record, "status": status})
+        assert not check.is_valid({**record, "status": "done"})
 
 
 class TestRecord:
     @pytest.mark.parametrize("path", FIELDS)
     def test_every_field_is_there(self, outcome: Outcome, path: str) -> None:
         found = part(stored(outcome), path)
-        assert found is None or set(found) == FIELDS[path]
+        assert found is None or set(found) >= FIELDS[path]
 
     def test_says_what_was_run(self, attittud: Outcome) -> None:
         record = stored(attittud)
@@ -213,10 +213,9 @@ class TestFolder:
 
     def test_the_configuration_is_that_of_the_record(self, attittud: Outcome) -> None:
         config = json.loads((attittud.folder.path / "config.json").read_text(encoding="utf-8"))
-        assert config == {
-            "identity": stored(attittud)["config"],
-            "execution": {"device": "cpu", "memory_format": "contiguous"},
-        }
+        assert config["identity"] == stored(attittud)["config"]
+        assert config["execution"]["device"] == "cpu"
+        assert config["execution"]["memory_format"] == "contiguous"
 
     def test_there_is_a_row_of_metrics_an_epoch(self, attittud: Outcome) -> None:
         lines = attittud.folder.metrics.read_text(encoding="utf-8").splitlines()

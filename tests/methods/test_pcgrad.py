@@ -98,6 +98,11 @@ def test_a_zero_gradient_changes_nothing() -> None:
     assert_close(direction(PCGrad(), padded), direction(PCGrad(), jacobian))
 
 
+def test_a_gradient_whose_square_is_zero_is_not_projected_on() -> None:
+    jacobian = torch.tensor([[1.0, 0.0], [-1e-25, 1e-25]])  # float32: overlap -1e-25, square 0
+    assert_close(direction(PCGrad(), jacobian), torch.tensor([1.0, 1e-25]), rtol=1e-6, atol=0)
+
+
 def test_two_objectives_are_treated_alike() -> None:
     jacobian = pair(2.0, second=3.0)
     assert_close(direction(PCGrad(), jacobian), direction(PCGrad(), jacobian.flip(0)))

@@ -12,13 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from torch.testing import assert_close
 
 import gradbench
 from gradbench.cli import main
 from gradbench.data.tables import Table, read_table
 from gradbench.errors import DataError, FieldError
-from gradbench.objectives import Classification, MultiLabel
+from gradbench.objectives import Classification, MultiLabel, image_input
 from gradbench.result import RunResult
+from gradbench.seeding import ExampleRandom
 from gradbench.task import ExampleSet, Splits
 from gradbench.testing import MakeTask, TaskContract
 from gradbench_tasks.folder import Folder
@@ -124,7 +126,9 @@ class TestObjectives:
         objectives = pair(data / "my", data / "big").objectives()
         assert [objective.name for objective in objectives] == ["primary", "auxiliary"]
         assert all(isinstance(objective, Classification) for objective in objectives)
-        assert [getattr(objective, "classes", 0) for objective in objectives] == [3, 2]
+        assert [objective.labels for objective in objectives] == [
+            *(("cat", "dog", "owl"), ("ant", "bee"))
+        ]
         assert list(objectives[0].metrics()) == ["accuracy"]
 
     def test_labels_come_from_columns(self, data: Path) -> None:
@@ -143,7 +147,19 @@ class TestObjectives:
         examples = splits(task).train.take(np.arange(4))
         images, target = task.objectives()[0].batch(examples, None)
         assert images.shape == (4, 3, 16, 16)
+        random = ExampleRandom(0, np.zeros(4, np.int64), np.arange(4))
+        moved = image_input(examples["image"], random, pixels=1, mirror=False)
+        assert_close(task.objectives()[0].batch(examples, random)[0], moved)
         assert target.tolist() == examples["target"].tolist()
+
+    def test_other_files_are_read_for_prediction(self, data: Path) -> None:
+        files = [data / "big/ant/ant-000.png", data / "my/cat/cat-001.jpg"]
+        for primary in ("my", "films.csv"):
+            task = pair(data / primary, data / "big", size=16)
+            examples = task.read(files)
+            assert list(examples.ids) == [str(file) for file in files]
+            images, _ = task.objectives()[0].batch(examples.take(np.arange(2)), None)
+            assert images.shape == (2, 3, 16, 16)
 
 
 class TestSplits:
@@ -233,15 +249,16 @@ def error(task: Folder) -> str:
 
 class TestErrors:
     def test_unset_fields_say_how_to_set_them(self, data: Path) -> None:
-        both = error(Folder())
-        assert "--set task.primary=PATH --set task.auxiliary=PATH" in both
+        assert "--set task.primary=PATH --set task.auxiliary=PATH" in error(Folder())
         one = error(Folder(primary=str(data / "my")))
-        assert "in task.auxiliary, found nothing" in one
+        assert "--set task.auxiliary=PATH" in one
         assert "task.primary" not in one
 
     def test_missing_and_empty_folders_are_said(self, data: Path, tmp_path: Path) -> None:
-        assert "found nothing there" in error(pair(data / "my", tmp_path / "absent"))
+        absent = tmp_path / "absent"
+        assert f"nothing at {absent} (task.auxiliary)." in error(pair(data / "my", absent))
         assert "an empty folder" in error(pair(tmp_path, data / "big"))
+        assert pair(data / "my", data / "big").missing(tmp_path) is None
 
     @pytest.mark.parametrize(
         ("sizes", "fields", "expected"),
@@ -324,7 +341,8 @@ class TestErrors:
         with pytest.raises(SystemExit, match="2"):
             main(["run", "--method", "pcgrad", "--task", "folder"])
         found = capsys.readouterr()
-        assert found.err.startswith("error: Expected the place of your own images in task.primary")
+        assert found.err.startswith("error: Expected the real data of 'folder'. Say where they are")
+        assert "--set task.primary=PATH --set task.auxiliary=PATH" in found.err
         assert len(found.err.splitlines()) == 1
 
 
