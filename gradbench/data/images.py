@@ -206,8 +206,6 @@ def _in_colour(image: Image.Image) -> Image.Image:
             raise ValueError("values that are no numbers")
         scaled = (values - low) * (255 / (high - low) if high > low else 0)
         return Image.fromarray(scaled.round().astype(np.uint8)).convert("RGB")
-    if image.mode in ("P", "PA"):
-        return image.convert("RGBA").convert("RGB")  # the way that knows transparent palettes
     return image.convert("RGB")
 
 

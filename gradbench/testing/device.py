@@ -27,10 +27,8 @@ from gradbench.step import Step
 from gradbench.testing.inputs import EXAMPLES, Batch
 from gradbench.testing.steps import step_over
 
-INDICES, STEPS_PER_EPOCH = (
-    (0, 1, 4),
-    2,
-)  # the first step, one within an epoch, a later epoch's first
+STEPS_PER_EPOCH = 2
+INDICES = (0, 1, 4)  # the first step, one within an epoch, the first of a later epoch
 
 # These look at a result on the host: to check it, or to learn the shape of what they return.
 # Others carry a tag of PyTorch's own that says so.
@@ -78,13 +76,13 @@ def waits(method: Method, *, objectives: int = 3, parameters: int = 64) -> list[
         for index in INDICES:
             step = step_over(batch, index=index, steps_per_epoch=STEPS_PER_EPOCH, state=state)
             with watched(), torch.no_grad():
-                _act(method, step)
+                returned = _act(method, step)
                 method.after_step(step)
-            watch.found += _misplaced(step, None if host else device)
+            watch.found += _misplaced(returned, step, None if host else device)
     except Exception as error:
         if not watch.found:  # what fails for want of a number was recognised before it failed
             watch.found.append(f"{type(error).__name__}: {error} ({_place_of(error)})")
-    return watch.found
+    return list(dict.fromkeys(watch.found))
 
 
 def assert_never_waits(method: Method) -> None:
@@ -99,16 +97,16 @@ def assert_never_waits(method: Method) -> None:
         )
 
 
-def _act(method: Method, step: Step) -> None:
+def _act(method: Method, step: Step) -> object:
+    """Return the weights, one set or two, that the method returns."""
     if isinstance(method, Scalarization):
-        method.weights_from_losses(step.losses, step)
-    elif isinstance(method, Weighting):
+        return method.weights_from_losses(step.losses, step)
+    if isinstance(method, Weighting):
         gramian = torch.eye(len(step.losses), dtype=torch.float64) if method.host else step.gramian
-        method.weights_from_gramian(gramian, step)
-    elif isinstance(method, Aggregation):
-        method.combine(step.jacobian, step, torch.zeros_like(step.jacobian[0]))
-    else:
-        raise ContractError(f"Expected a method with steps, found {type(method).__name__}.")
+        return method.weights_from_gramian(gramian, step)
+    if isinstance(method, Aggregation):
+        return method.combine(step.jacobian, step, torch.zeros_like(step.jacobian[0]))
+    raise ContractError(f"Expected a method with steps, found {type(method).__name__}.")
 
 
 def _fake_batch(method: Method, setup: Setup) -> Batch:
@@ -155,8 +153,14 @@ def _leaves(root: Any) -> list[Tensor]:
     return [node.variable for node in seen if hasattr(node, "variable")]
 
 
-def _misplaced(step: Step, device: torch.device | None) -> Iterator[str]:
-    """Yield the diagnostics that are no scalars on the device; None is any device."""
+def _misplaced(returned: object, step: Step, device: torch.device | None) -> Iterator[str]:
+    """Yield weights that are not on the device, and diagnostics that are no scalars on it.
+
+    The framework would have to copy them. None is any device.
+    """
+    for weights in tree_leaves(returned):
+        if isinstance(weights, Tensor) and device not in (None, weights.device):
+            yield f"returned weights are on {weights.device}"
     for name, value in step.diagnostics().items():
         if value.dim() or device not in (None, value.device):
             yield f"diagnostic {name!r} of shape {tuple(value.shape)} is on {value.device}"

@@ -614,7 +614,16 @@ class DoesAfterTheStep(Does):
         WAITING[self.what][0](step.reevaluate()[None])
 
 
+@dataclass(frozen=True)
+class ReturnsWeightsOnTheHost(Sound):
+    def weights_from_gramian(self, gramian: Tensor, step: Step) -> Tensor:
+        return torch.ones(len(gramian))
+
+
 class TestWaits:
+    def test_weights_that_must_be_copied_are_found(self) -> None:
+        assert waits(ReturnsWeightsOnTheHost()) == ["returned weights are on cpu"]
+
     @pytest.mark.parametrize("what", WAITING)
     def test_what_waits_is_found(self, what: str) -> None:
         found = waits(Does(what=what))

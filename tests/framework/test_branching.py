@@ -425,6 +425,8 @@ def test_an_optimizer_goes_on_under_its_name_alone() -> None:
     assert same(new, again)
     assert not same(new, a_again)
     assert [fork.optimizer is None for fork in FOUND[0]] == [True, False, False, True, False]
+    buffers = [fork.optimizer["state"][0]["momentum_buffer"] for fork in (a, a_again)]
+    assert not torch.equal(*buffers)  # nobody wrote into the state that the first branch left
     new, a, b, *_ = FOUND[1]  # an epoch later both names have a past, of other lengths
     assert not same(new, b)
     assert not same(a, b)
@@ -478,6 +480,17 @@ def test_heads_and_trunk_are_clipped_apart() -> None:
 
     lengths = once(script, optimizer=dataclasses.replace(PLAIN_CONSTANT, clip=0.5))
     assert lengths == pytest.approx([0.1 * 0.5] * (1 + OBJECTIVES), rel=1e-4)
+
+
+def test_an_epoch_ends_where_it_was_committed_whatever_is_looked_at_then() -> None:
+    @dataclass(frozen=True)
+    class Curious(OneBranch):
+        def epoch(self, branches: Branches) -> None:
+            super().epoch(branches)
+            branches.evaluate(branches.train(only(1), 1))
+
+    one, other = (World(method).run() for method in (OneBranch(), Curious()))
+    assert_close(one.weights(), other.weights(), rtol=0, atol=0)
 
 
 # batch norm, and other buffers

@@ -185,13 +185,12 @@ class TestDecode:
         [found] = decode([save(tmp_path / "x.png", Image.fromarray(board))], SIZE)
         assert abs(found.astype(int) - 128).max() <= RESAMPLED
 
-    def test_a_large_jpeg_is_what_the_same_png_is(self, tmp_path: Path) -> None:
-        smooth = Image.fromarray((ramp() * 255).astype(np.uint8)).resize((640, 480))
-        paths = [
-            save(tmp_path / "x.jpg", smooth, quality=95),
-            save(tmp_path / "x.png", smooth),
-        ]
-        found = decode(paths, SIZE).astype(int)
+    @pytest.mark.parametrize("size", [SIZE, 200])
+    def test_a_large_jpeg_is_what_the_same_png_is(self, tmp_path: Path, size: int) -> None:
+        waves = np.sin(np.arange(640) / 2.5) * np.sin(np.arange(480) / 2.5)[:, None]
+        image = Image.fromarray((128 + 120 * waves).astype(np.uint8))
+        paths = [save(tmp_path / "x.jpg", image, quality=95), save(tmp_path / "x.png", image)]
+        found = decode(paths, size).astype(int)
         assert abs(found[0] - found[1]).max() <= RESAMPLED
 
     def test_damaged_metadata_is_no_damage(self, tmp_path: Path) -> None:
@@ -329,10 +328,13 @@ class TestTree:
         (tmp_path / "tree/a/loop").symlink_to(tmp_path / "tree/a")
         (tmp_path / "tree/b/more").symlink_to(tmp_path / "elsewhere")
         (tmp_path / "tree/c").symlink_to(tmp_path / "elsewhere")
+        (tmp_path / "tree/c/2.png").symlink_to(tmp_path / "tree/a")  # what it is, is not asked
         _, paths, labels = image_tree(tmp_path / "tree")
         found = [path.relative_to(tmp_path / "tree").as_posix() for path in paths]
-        assert found == ["a/0.png", "b/0.png", "b/more/1.png", "c/1.png"]
-        assert labels.tolist() == [0, 1, 1, 2]
+        assert found == [
+            *("a/0.png", "b/0.png", "b/more/1.png", "b/more/2.png", "c/1.png", "c/2.png")
+        ]
+        assert labels.tolist() == [0, 1, 1, 1, 2, 2]
 
     @pytest.mark.parametrize(
         ("names", "expected"),
