@@ -29,9 +29,8 @@ def divide(
     mark of at least as many examples as there are parts goes to every part, if groups allow.
 
     Source: iterative stratification, Sechidis et al. 2011, doi:10.1007/978-3-642-23808-6_10.
-    Departs from it: whole groups are handed out, all of the rarest mark's at once; no part wants
-    less than one example of a mark if there are enough, and the last groups of a mark go to the
-    parts that have none.
+    Departs from it: whole groups are handed out, all of the rarest mark's at once, and the last
+    ones of a mark to the parts that have none; of several divisions the most even is taken.
     """
     places: dict[object, list[int]] = {}
     for place in range(len(marks)):
@@ -57,12 +56,10 @@ def _draw(
     for bundle in bundles:
         left.update(bundle)
     every = range(len(shares))
-    wishes = {mark: _wishes(count, shares) for mark, count in left.items()}
+    wishes = {mark: [share * count for share in shares] for mark, count in left.items()}
     without = {mark: set(every) for mark in left}
     having: dict[int, list[int]] = {mark: [] for mark in left}
-    # at random, but a large group rather early, while there is room for it in every part
-    order = random.exponential(size=len(bundles)) / [bundle[EVERYTHING] for bundle in bundles]
-    for place in np.argsort(order, kind="stable").tolist():
+    for place in random.permutation(len(bundles)).tolist():
         for mark in bundles[place]:
             having[mark].append(place)
     waiting = {mark: len(places) for mark, places in having.items()}
@@ -88,12 +85,3 @@ def _draw(
         del left[mark]
     lacking = sum(len(each) for each in without.values())
     return (lacking, sum(abs(wish) for each in wishes.values() for wish in each)), parts
-
-
-def _wishes(count: int, shares: Sequence[float]) -> list[float]:
-    """Return how many of ``count`` examples each part wants: its share, but one if there are."""
-    parts = len(shares)
-    above = [max(share * count - 1, 0.0) for share in shares]
-    if count < parts or not sum(above):
-        return [share * count for share in shares]
-    return [1 + each * (count - parts) / sum(above) for each in above]

@@ -95,6 +95,9 @@ class TestCreate:
         spec = Input(channels=1, size=32)
         assert features(create(name, spec), spec).pooled.shape[0] == 2
 
+    def test_is_in_training_mode(self) -> None:
+        assert all(part.training for part in create("test_resnet").module.modules())
+
     def test_weights_are_a_function_of_the_seed(self) -> None:
         digests = [
             weights_digest(create("test_vit", seed=seed).module.state_dict()) for seed in (1, 1, 2)

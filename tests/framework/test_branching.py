@@ -592,6 +592,35 @@ def test_a_branch_is_judged_by_the_primary_metric_on_the_meta_split() -> None:
     assert value == pytest.approx(right.double().mean().item())
 
 
+def test_a_mixture_is_judged_with_statistics_of_its_own() -> None:
+    worlds: list[World] = []
+
+    def script(branches: Branches) -> tuple[int, Tensor]:
+        forks = [branches.train(row, 2) for row in torch.eye(OBJECTIVES)]
+        before = worlds[0].training.costs.forward_passes
+        branches.evaluate(branches.merge(forks, [0.5, 0.3, 0.2]))
+        spent = worlds[0].training.costs.forward_passes - before
+        return spent, branches.snapshot().buffers["shared.backbone.norm.num_batches_tracked"]
+
+    worlds.append(World(scripted(script), budget=ONE_EPOCH))
+    worlds[0].run()
+    assert FOUND == [(2 + 1, 2)]  # two batches of the primary, one of the meta split
+
+
+def test_what_is_recorded_belongs_to_its_epoch() -> None:
+    def script(branches: Branches) -> bool:
+        branches.record(**{f"in_epoch_{branches.epoch}": torch.tensor(2.0)})
+        branches.train(only(0), 1)
+        return torch.is_grad_enabled()
+
+    world = World(scripted(script)).run()
+    assert [row["diagnostics"] for row in world.watcher.rows] == [
+        {"in_epoch_0": 2.0},
+        {"in_epoch_1": 2.0},
+    ]
+    assert FOUND == [False, False]  # a method computes without graphs
+
+
 def test_a_metric_that_should_be_low_is_negated() -> None:
     objectives = tuple(Points(name) for name in ("primary", "one", "two"))
     objectives[0].higher_is_better = False

@@ -82,6 +82,20 @@ def test_a_few_uneven_groups_leave_no_part_empty() -> None:
         assert set(parts(classes(40), groups, seed=seed).tolist()) == {0, 1, 2}
 
 
+def test_groups_of_any_size_are_divided_evenly() -> None:
+    draw = np.random.default_rng(0)
+    groups = [str(group) for group, size in enumerate(draw.integers(1, 8, 60)) for _ in range(size)]
+    marks: list[tuple[int, ...]] = [(int(label),) for label in draw.integers(0, 3, len(groups))]
+    for seed in range(20):
+        part = parts(marks, groups, seed=seed)
+        away = [
+            abs(found - share * sum(counts(part, marks, label)))
+            for label in range(3)
+            for found, share in zip(counts(part, marks, label), SHARES, strict=True)
+        ]
+        assert sum(away) < 0.05 * len(groups)
+
+
 def test_classes_in_few_groups_reach_every_part_if_they_can() -> None:
     marks: list[tuple[int, ...]] = [*[(0,)] * 30, *[(1,)] * 3, (0,), (0,)]
     groups = ["large"] * 30 + ["large", "b", "c", "x", "y"]

@@ -80,15 +80,15 @@ class Asking(Aggregation):
         torch.sum(jacobian, 0, out=out)
 
 
-class LookingBack(Weighting):
+class LookingBack(Aggregation):
     """The sum of the gradients; keeps what ``question`` makes of each step after it."""
 
     def __init__(self, question: Callable[[Step], Any]) -> None:
         self.question = question
         self.answers: list[Any] = []
 
-    def weights_from_gramian(self, gramian: Tensor, step: Step) -> Tensor:
-        return torch.ones_like(gramian[0])
+    def combine(self, jacobian: Tensor, step: Step, out: Tensor) -> None:
+        torch.sum(jacobian, 0, out=out)
 
     def after_step(self, step: Step) -> None:
         self.answers.append(self.question(step))

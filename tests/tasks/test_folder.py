@@ -166,7 +166,9 @@ class TestSplits:
     def test_few_images_are_in_folds(self, tmp_path: Path, no_bytes: None) -> None:
         big = touched(tmp_path / "big", a=1, b=1)
         few = splits(pair(touched(tmp_path / "few", a=100, b=99), big))
-        assert few.sizes() == {"train": 120, "validation": 40, "test": 39, "meta": 0}
+        assert len(few.test) == pytest.approx(199 / 5, abs=1)
+        assert len(few.validation) == pytest.approx(199 / 5, abs=1)
+        assert sum(few.sizes().values()) == 199
         assert few.notes[0].startswith("the test is fold 0 of 0 … 4, for there are fewer than 200")
         many = splits(pair(touched(tmp_path / "many", a=100, b=100), big))
         assert many.sizes() == {"train": 100, "validation": 40, "test": 60, "meta": 0}
