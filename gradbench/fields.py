@@ -16,6 +16,7 @@ import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
 
 from gradbench.errors import FieldError, PluginError, UnknownKeyError
@@ -227,9 +228,16 @@ def identity_of(settings: Any) -> dict[str, Any]:
 
 
 def locations_of(settings: Any) -> dict[str, Any]:
-    """Return the values of a dataclass that only say where things are."""
-    known = fields_of(type(settings))
-    return {name: getattr(settings, name) for name in known if known[name].is_location}
+    """Return the values of a dataclass that only say where things are, as absolute paths."""
+    found = {
+        name: str(getattr(settings, name)).strip()
+        for name, field in fields_of(type(settings)).items()
+        if field.is_location
+    }
+    return {
+        name: str(Path(text).expanduser().absolute()) if text else ""
+        for name, text in found.items()
+    }
 
 
 def check_definition(cls: type) -> None:
