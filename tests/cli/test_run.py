@@ -80,8 +80,8 @@ class TestRun:
         assert "weighted-sum (scalarization)" in gradbench.out
         assert "test accuracy" in gradbench.out
         assert "steps/s" not in gradbench.out
-        path = gradbench.out.rpartition("record")[2]
-        assert Path("".join(path.split())).name == "result.json"
+        shown = "".join(gradbench.out.replace("│", "").split())  # as one line, without the frame
+        assert f"runs/{next(home.glob('runs/*')).name}/result.json" in shown
 
     def test_a_run_that_is_there_is_shown(self, gradbench: Terminal) -> None:
         assert gradbench(*DIGITS, *SHORT, "--seed", "12") == 0

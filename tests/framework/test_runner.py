@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -53,11 +54,9 @@ from gradbench.method import Weighting
 @dataclass(frozen=True)
 class Dawdle(Weighting):
     def weights_from_gramian(self, gramian, step):
-        gate = Path(os.environ["GRADBENCH_TEST_GATE"])
-        if step.index == 4 and gate.exists():
-            gate.with_suffix(".reached").touch()
-            while gate.exists():
-                time.sleep(0.02)
+        if step.index == 4 and "GRADBENCH_TEST_REACHED" in os.environ:
+            Path(os.environ["GRADBENCH_TEST_REACHED"]).touch()
+            time.sleep(300)
         return torch.ones_like(gramian[0])
 """
 
@@ -294,9 +293,15 @@ class TestInterruption:
         assert folder.result.read_text() == "{}"
 
 
+def heed_interrupts() -> None:
+    """Undo what a shell does to the jobs that it starts in the background."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class TestProcesses:
     @pytest.fixture
-    def gate(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    def reached(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        """Install a method that stops in its fifth step, in other processes; return its sign."""
         site = tmp_path / "site"
         info = site / "dawdlers-1.0.dist-info"
         info.mkdir(parents=True)
@@ -306,47 +311,53 @@ class TestProcesses:
         (site / "gradbench_test_dawdle.py").write_text(DAWDLE)
         monkeypatch.syspath_prepend(site)
         importlib.invalidate_caches()
-        known = [str(site), os.environ.get("PYTHONPATH", "")]
-        monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, known)))
-        gate = tmp_path / "gate"
-        monkeypatch.setenv("GRADBENCH_TEST_GATE", str(gate))
-        gate.touch()
-        return gate
+        return tmp_path / "reached"
 
-    def start(self) -> subprocess.Popen[str]:
+    @contextlib.contextmanager
+    def stuck(self, reached: Path) -> Iterator[subprocess.Popen[str]]:
+        """Run the method in another process until its fifth step."""
         settings = [f"--set={key}={value}" for key, value in SHORT.items()]
         plug_ins = ["--method=dawdle", "--task=digits", "--device=cpu"]
-        return subprocess.Popen(
+        path = [str(reached.parent / "site"), os.environ.get("PYTHONPATH", "")]
+        process = subprocess.Popen(
             [sys.executable, "-m", "gradbench", "run", *plug_ins, *settings],
             stderr=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
+            env={
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join(filter(None, path)),
+                "GRADBENCH_TEST_REACHED": str(reached),
+            },
+            preexec_fn=heed_interrupts,
         )
-
-    def wait_for(self, path: Path, process: subprocess.Popen[str]) -> None:
-        end = time.monotonic() + PATIENCE
-        while not path.exists():
-            assert process.poll() is None, process.communicate()[1]
-            assert time.monotonic() < end, f"nothing happened within {PATIENCE} seconds"
-            time.sleep(0.05)
+        try:
+            end = time.monotonic() + PATIENCE
+            while not reached.exists():
+                assert process.poll() is None, process.communicate()[1]
+                assert time.monotonic() < end, f"nothing happened within {PATIENCE} seconds"
+                time.sleep(0.05)
+            yield process
+        finally:
+            process.kill()
+            process.communicate(timeout=PATIENCE)
+        reached.unlink()
 
     def test_signals_and_rivals_lose_nothing(
-        self, home: Path, gate: Path, tmp_path_factory: pytest.TempPathFactory
+        self, home: Path, reached: Path, tmp_path_factory: pytest.TempPathFactory
     ) -> None:
         request = replace(BASE, method="dawdle")
-        reached = gate.with_suffix(".reached")
 
-        process = self.start()
-        self.wait_for(reached, process)
-        (path,) = (home / "runs").iterdir()
-        folder = RunFolder(path)
-        before = folder.result.read_bytes()
-        with pytest.raises(HomeError, match="another process making this very run") as caught:
-            make(request)
-        assert caught.value.exit_code == 2
-        assert folder.result.read_bytes() == before
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=PATIENCE)
+        with self.stuck(reached) as process:
+            (path,) = (home / "runs").iterdir()
+            folder = RunFolder(path)
+            before = folder.result.read_bytes()
+            with pytest.raises(HomeError, match="another process making this very run") as caught:
+                make(request)
+            assert caught.value.exit_code == 2
+            assert folder.result.read_bytes() == before
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=PATIENCE)
         assert process.returncode == 130
         assert out == ""
         assert err.splitlines()[-1].startswith("error: Interrupted")
@@ -361,18 +372,14 @@ class TestProcesses:
         )
         assert found.ended is not None
 
-        reached.unlink()
-        process = self.start()
-        self.wait_for(reached, process)
-        process.kill()
-        process.communicate(timeout=PATIENCE)
+        with self.stuck(reached) as process:
+            process.kill()
         assert process.returncode == -signal.SIGKILL
         found = folder.read()
         assert found is not None
         assert (found.status, found.attempts) == ("interrupted", 2)
         assert (found.error, found.ended, found.metrics) == (None, None, None)
 
-        gate.unlink()
         outcome = make(request)
         assert outcome.folder.path == path
         assert outcome.result.attempts == 3

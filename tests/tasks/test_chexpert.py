@@ -19,6 +19,7 @@ from torch.testing import assert_close
 from gradbench.config import Request, resolve
 from gradbench.errors import DataError, FieldError
 from gradbench.losses import Scored
+from gradbench.seeding import ExampleRandom
 from gradbench.settings import Budget
 from gradbench.task import ExampleSet, Preset, Splits
 from gradbench_tasks.chexpert import CheXpert
@@ -394,6 +395,21 @@ class TestPresets:
         config = resolve(Request("primary-only", "chexpert", preset="paper", settings=own))
         assert config.task.input.size == 96
         assert config.architecture.dropout == 0.0
+
+
+def test_films_keep_their_sides_and_pictures_do_not() -> None:
+    images = torch.zeros(64, 3, 32, 32, dtype=torch.uint8)
+    images[..., :16] = 200
+    examples = {"image": images, "target": torch.zeros(64, len(LABELS))}
+    random = ExampleRandom(0, np.zeros(64, np.int64), np.arange(64))
+    sided = []
+    for objective in CheXpert(size=32).objectives():
+        inputs, _ = objective.batch(examples, random)
+        assert inputs.std(0).max() > 0, "training images are moved"
+        assert_close(objective.batch(examples, None)[0].std(0).max(), torch.tensor(0.0))
+        sided.append((inputs[..., :16].mean((1, 2, 3)) > inputs[..., 16:].mean((1, 2, 3))).double())
+    assert sided[0].mean() == 1
+    assert 0.2 < sided[1].mean() < 0.8
 
 
 WATCHED = """
