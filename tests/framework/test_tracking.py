@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from gradbench import tracking
 from gradbench.result import RunFolder
@@ -135,7 +136,7 @@ def test_a_dead_server_costs_a_warning_and_sync_sends_later(
 def test_a_locked_store_costs_a_warning(at_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tracking, "PATIENCE", 0.2)
     lines: list[str] = []
-    lock = tracking.FileLock(at_home / "mlflow.lock")
+    lock = FileLock(at_home / "mlflow.lock")
     with lock:
         mirror_or_warn(folder_of_seed(at_home, 0), store_uri(), lines.append)
     assert len(lines) == 1
