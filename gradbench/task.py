@@ -257,7 +257,8 @@ class TaskPair(Checked, ABC):
 
     Fields are settings of the task. Class attributes: ``version`` of the pair as a benchmark,
     ``revision``, raised when results may move, ``citation``, ``licence``, ``presets`` by name
-    with ``default`` among them, and ``sources``, where its data can come from.
+    with ``default`` among them, ``sources``, where its data can come from, and
+    ``sample_fields``, on which the drawn sample depends.
     """
 
     version: ClassVar[str]
@@ -266,6 +267,7 @@ class TaskPair(Checked, ABC):
     licence: ClassVar[str]
     presets: ClassVar[Mapping[str, Preset]]
     sources: ClassVar[tuple[Source, ...]] = ("real", "sample")
+    sample_fields: ClassVar[frozenset[str]] = frozenset()
 
     auxiliary_weight: Annotated[
         float,

@@ -58,7 +58,7 @@ def run(
     debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,
 ) -> None:
     """Train a method on a task pair, test it once, keep the record."""
-    given = _parse(settings or [])
+    given = parse_settings(settings or [])
     from gradbench.config import Request, with_shortcuts
     from gradbench.display import display
     from gradbench.runner import execute
@@ -88,7 +88,8 @@ def run(
         _show(outcome)
 
 
-def _parse(settings: list[str]) -> dict[str, object]:
+def parse_settings(settings: list[str]) -> dict[str, object]:
+    """Return the keys and values of ``--set KEY=VALUE``, each once."""
     given: dict[str, object] = {}
     for setting in settings:
         key, equals, value = setting.partition("=")

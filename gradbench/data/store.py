@@ -28,9 +28,8 @@ def real_folder(name: str) -> Path:
 
 
 def sample_folder(task: TaskPair, name: str) -> Path:
-    """Return where the drawn sample of a task pair is kept, one a version and setting."""
-    settings = identity_of(task)
-    del settings["auxiliary_weight"]  # no data depends on it
+    """Return where the drawn sample of a task pair is kept, one a version."""
+    settings = {k: v for k, v in identity_of(task).items() if k in task.sample_fields}
     text = json.dumps([task.version, task.revision, settings], sort_keys=True)
     return data_root() / "samples" / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
