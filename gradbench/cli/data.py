@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gradbench.cli.runs import parse_settings as parse_settings
+from gradbench.cli.runs import parse_settings
 
 if TYPE_CHECKING:
     from gradbench.task import Source, Splits, TaskPair
