@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from mlflow.entities import Metric
 
 OFF = "none"
-PATIENCE = 60  # seconds to wait for another process that writes
+PATIENCE = 180  # seconds to wait for other processes that write; a queue of ten needs one minute
 BATCH = 500  # points a request; the server's limit is 1,000
 STATUS = {"ok": "FINISHED", "interrupted": "KILLED"}  # the others are FAILED
 FORBIDDEN = re.compile(r"[^\w\-./ ]", re.ASCII)  # in names of metrics
@@ -57,8 +57,10 @@ def mirror(folder: RunFolder, uri: str) -> None:
         return
     make_folder(home())
     try:
+        artifacts = _artifacts(folder, result)
+        _import_mlflow()  # what takes seconds is done before others are kept waiting
         with FileLock(home() / "mlflow.lock", timeout=PATIENCE):
-            _Mirror(_client(uri), folder, result).write()
+            _Mirror(_client(uri), folder, result).write(artifacts)
     except Timeout as error:
         raise TrackingError(
             f"Expected to write to {uri}, found another process writing for {PATIENCE} seconds."
@@ -104,8 +106,8 @@ class _Mirror:
     def __init__(self, client: MlflowClient, folder: RunFolder, result: RunResult) -> None:
         self._client, self._folder, self._result = client, folder, result
 
-    def write(self) -> None:
-        """Write what the store does not have yet."""
+    def write(self, artifacts: list[Path]) -> None:
+        """Write what the store does not have yet, and the artifacts."""
         from mlflow.entities import Param, RunTag
 
         client, result = self._client, self._result
@@ -119,7 +121,7 @@ class _Mirror:
         points = self._missing_points(run, set(known.metrics))
         for start in range(0, len(points), BATCH):
             client.log_batch(run, metrics=points[start : start + BATCH])
-        for path in self._artifacts():
+        for path in artifacts:
             client.log_artifact(run, str(path))
         if result.ended is not None:
             status = STATUS.get(result.status, "FAILED")
@@ -202,24 +204,31 @@ class _Mirror:
                 if cost is not None:
                     yield f"cost/{name}", float(cost), stamp, step
 
-    def _artifacts(self) -> list[Path]:
-        from gradbench.figures import draw_run
 
-        folder, result = self._folder, self._result
-        paths = [folder.result, folder.path / "config.json", folder.metrics]
-        if result.status == "ok":
-            paths += [folder.predictions, *draw_run(folder, result)]
-        return [path for path in paths if path.exists()]
+def _artifacts(folder: RunFolder, result: RunResult) -> list[Path]:
+    """Return the files that go along with a run, its figures drawn."""
+    from gradbench.figures import draw_run
+
+    paths = [folder.result, folder.path / "config.json", folder.metrics]
+    if result.status == "ok":
+        paths += [folder.predictions, *draw_run(folder, result)]
+    return [path for path in paths if path.exists()]
+
+
+def _import_mlflow() -> None:
+    """Import MLflow so that it sends no telemetry, keeps quiet and gives up soon."""
+    os.environ.update(quiet_environment())
+    import mlflow  # noqa: F401 - its settings are read here
+
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def _client(uri: str) -> MlflowClient:
-    """Return a client that sends no telemetry, keeps quiet and gives up soon."""
-    os.environ.update(quiet_environment())
-    for name in ("mlflow", "alembic"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    """Return a client of a store, which is made if need be."""
+    _import_mlflow()
     from mlflow import MlflowClient
 
-    logging.getLogger("mlflow").setLevel(logging.WARNING)  # importing it sets its own level
     return MlflowClient(tracking_uri=uri)
 
 
